@@ -152,7 +152,7 @@ FLAT_NAMES = {
 
 
 def resaved(config: dict) -> dict:
-    """The same configuration as transformers 5's `save_pretrained` spells it (flat index_* fields, layer type lists)."""
+    """The same configuration as transformers 5's `save_pretrained` spells it."""
     config = copy.deepcopy(config)
     text = config["text_config"]
     sparse = text.pop("sparse_attention_config")
@@ -283,9 +283,13 @@ def is_linear(name: str, shape: tuple[int, ...]) -> bool:
 
 
 def random_tensor(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
-    """float32 values that depend on the seed and the name only. Activations keep a scale near 1, so that the
-    clamps of SwigluOAI (at 7), the router and the block selection all take part."""
-    values = np.random.default_rng([seed, zlib.crc32(name.encode())]).standard_normal(shape, dtype=np.float32)
+    """float32 values of unit variance that depend on the seed and the name only, scaled so that activations stay near
+    1 and the clamps of SwigluOAI (at 7), the router and the block selection all take part.
+
+    Uniform, not normal: the same bits on every platform, which a normal distribution (it needs a libm) is not.
+    """
+    generator = np.random.default_rng([seed, zlib.crc32(name.encode())])
+    values = (generator.random(shape, dtype=np.float32) - np.float32(0.5)) * np.float32(12**0.5)
     if len(shape) == 1:
         values *= 0.2 if name.endswith("e_score_correction_bias") else 0.1
     elif re.search(r"(gate_proj|up_proj|w1|w3)\.weight$", name):
@@ -339,7 +343,7 @@ def to_e4m3(values: np.ndarray) -> np.ndarray:
 
 
 def to_mxfp8(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """[out, in] -> codes uint8 [out, in] and exponents uint8 [out, in / 32]; value = E4M3[code] * 2**(exponent - 127)."""
+    """[out, in] -> codes uint8 [out, in] and exponents uint8 [out, in / 32]; value = code * 2**(exponent - 127)."""
     groups = values.reshape(*values.shape[:-1], -1, 32)
     largest = np.maximum(np.abs(groups).max(-1), 1e-30)
     exponent = np.floor(np.log2(largest)) - 8  # the largest value lands in [256, 512)
@@ -711,13 +715,14 @@ def synthetic(path, gigabytes: float = 2.0, shards: int = 6, seed: int = 0, **ov
     shapes = text_shapes(config)
     rng = np.random.default_rng(seed)
     pool = rng.standard_normal(2**20, dtype=np.float32) / np.float32(config["text_config"]["hidden_size"] ** 0.5)
+    pool = np.concatenate([pool, pool])  # a piece may start anywhere in the first half
     pools = {"F32": pool, "BF16": to_bf16(pool)}
     entries = {name: ("F32" if is_float32(name) else "BF16", shape) for name, shape in shapes.items()}
 
     def piece(name: str) -> memoryview:
         dtype, shape = entries[name]
-        shift = zlib.crc32(name.encode()) % len(pool)
-        return np.resize(np.roll(pools[dtype], shift), shape).data
+        start = zlib.crc32(name.encode()) % 2**20
+        return np.resize(pools[dtype][start : start + 2**20], shape).data
 
     names, weight_map = list(entries), {}
     size = -(-len(names) // shards)
