@@ -1,0 +1,235 @@
+"""The command line: `m3dist VERB ...`. No MLX; a verb's own module is imported when the verb is called.
+
+Every value is checked here, before any process starts: a bad flag is one line that names it, and exit status 2.
+"""
+
+import argparse
+import math
+import os
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NoReturn
+
+from m3dist import __version__
+from m3dist.cluster import environment
+from m3dist.cluster.environment import Launch
+from m3dist.errors import CommunicationError, M3Error
+from m3dist.options import DTYPES, EXPERTS, MAX_RANKS, MODES, THINKING, GenerateOptions
+from m3dist.watchdog import EXIT_PEER_LOST
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit status. Errors that m3dist raises on purpose are shown without a traceback."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    args = build_parser().parse_args(argv)
+    try:
+        return args.call(args, argv)
+    except M3Error as error:
+        print(f"m3dist {args.verb}: error: {error}", file=sys.stderr)
+        # A lost peer is not this rank's fault: the launcher looks on for the rank that failed first.
+        return EXIT_PEER_LOST if isinstance(error, CommunicationError) else 2
+    except KeyboardInterrupt:
+        return 130
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Verbs
+
+
+def generate(parser: argparse.ArgumentParser, args: argparse.Namespace, argv: list[str]) -> int:
+    """Be a rank if a launcher made this process one; else start -n of them; else do it all here."""
+    launch = environment.detect(os.environ)
+    world = check_world(parser, args, launch)
+    if launch.launcher == "single" and world > 1:
+        from m3dist.cluster.local import run_local
+
+        return run_local(argv, world)
+
+    from m3dist.cluster import lifeline
+
+    lifeline.watch()
+    from m3dist.generate import main as generate_main
+
+    return generate_main(generate_options(args), launch)
+
+
+def check_world(parser: argparse.ArgumentParser, args: argparse.Namespace, launch: Launch) -> int:
+    """The number of ranks, if the flags agree with the launcher and with each other; else ends the program."""
+    world = launch.world
+    if launch.launcher == "single":
+        world = args.ranks or len(args.weights or "1")
+    elif args.ranks and world and args.ranks != world:
+        parser.error(
+            f"argument -n/--ranks: {launch.launcher} started {world} ranks, not {args.ranks}; "
+            "leave -n out, the launcher decides"
+        )
+    if world and world > MAX_RANKS:
+        parser.error(f"{launch.launcher} started {world} ranks; at most {MAX_RANKS} can share this model")
+    if world and args.weights and len(args.weights) != world:
+        parser.error(f"argument --weights: needs one number for each of the {world} ranks, not {len(args.weights)}")
+    if args.prompt == "-" and launch.launcher == "mlx.launch":
+        parser.error(
+            "argument --prompt: - does not work under mlx.launch, which never passes on the end of standard input; "
+            "give the text itself"
+        )
+    return world or 1
+
+
+def generate_options(args: argparse.Namespace) -> GenerateOptions:
+    values = {name: value for name, value in vars(args).items() if name in GenerateOptions.__dataclass_fields__}
+    return GenerateOptions(**values | {"stop": tuple(args.stop or ())})
+
+
+def plan(parser: argparse.ArgumentParser, args: argparse.Namespace, argv: list[str]) -> int:
+    """Hand the checked flags to m3dist.plan_report."""
+    if args.memory and args.machines:
+        parser.error("argument --memory: not allowed with argument --machines, which already gives each one's memory")
+    from m3dist.plan_report import main as plan_main
+
+    return plan_main(args)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Flags
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse without guessing (`--temp` is an error, not `--temperature`) and with short errors."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n({self.prog} --help shows the flags)\n")
+
+
+def build_parser() -> Parser:
+    parser = Parser(prog="m3dist", description="MiniMax-M3, split over several machines with MLX.")
+    parser.add_argument("--version", action="version", version=f"m3dist {__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    add_generate(verbs.add_parser("generate", help="answer one prompt"))
+    add_plan(verbs.add_parser("plan", help="what each machine would hold and read"))
+    return parser
+
+
+def add_generate(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Answer one prompt: in this process, in -n processes on this machine, or as a rank of mlx.launch or mpirun."
+    )
+    parser.set_defaults(call=partial(generate, parser))
+    preset = GenerateOptions(prompt="")
+
+    def add(group: Any, *flags: str, default: Any = None, help: str, **kwargs: Any) -> None:
+        suffix = " (default: %(default)s)" if default is not None else ""
+        group.add_argument(*flags, default=default, help=help + suffix, **kwargs)
+
+    text = parser.add_argument_group("text")
+    add(text, "--model", metavar="DIR|HUB_ID|tiny", type=nonempty, default=preset.model,
+        help="checkpoint directory, hub id, or tiny: the one inside the package")
+    add(text, "--prompt", metavar="TEXT", type=nonempty, required=True, help="what to answer; - reads standard input")
+    add(text, "--system", metavar="TEXT", help="system message")
+    add(text, "--thinking", choices=THINKING, default=preset.thinking, help="whether the model reasons first")
+    text.add_argument("--raw", action="store_true", help="no chat template: continue the prompt as it is")
+    text.add_argument("--json", action="store_true", help="print one JSON object instead of streaming text")
+
+    sampling = parser.add_argument_group("sampling")
+    add(sampling, "--max-tokens", metavar="N", type=whole(1), default=preset.max_tokens, help="longest answer")
+    add(sampling, "--temperature", metavar="T", type=real("0 or more", lambda x: x >= 0), default=preset.temperature,
+        help="0 always takes the likeliest token")
+    add(sampling, "--top-p", metavar="P", type=real("more than 0 and at most 1", lambda x: 0 < x <= 1),
+        default=preset.top_p, help="the likeliest tokens that together reach this probability; 1 is off")
+    add(sampling, "--top-k", metavar="K", type=whole(0), default=preset.top_k, help="the K likeliest tokens; 0 is off")
+    add(sampling, "--min-p", metavar="P", type=real("from 0 to 1", lambda x: 0 <= x <= 1), default=preset.min_p,
+        help="tokens at least this likely, relative to the likeliest; 0 is off")
+    add(sampling, "--seed", metavar="N", type=whole(0, 2**64 - 1), help="the same seed gives the same answer")
+    add(sampling, "--stop", metavar="TEXT", type=nonempty, action="append", help="end before TEXT; repeatable")
+
+    cut = parser.add_argument_group("the cut")
+    add(cut, "-n", "--ranks", metavar="N", type=whole(1, MAX_RANKS),
+        help="processes to start on this machine (mlx.launch and mpirun set their number themselves)")
+    add(cut, "--experts", choices=EXPERTS, default=preset.experts,
+        help="cut each routed expert by columns, or give each rank whole experts")
+    add(cut, "--weights", metavar="W,W,...", type=positives, help="each rank's share of the work, such as 2,1,1")
+    add(cut, "--dtype", choices=DTYPES, help="of activations and unquantised weights; default: the checkpoint's own")
+    add(cut, "--prefill-chunk", metavar="N", type=whole(1), default=preset.prefill_chunk,
+        help="tokens of the prompt computed at a time")
+
+
+def add_plan(parser: argparse.ArgumentParser) -> None:
+    parser.description = "What each machine would hold and read. Loads no weights."
+    parser.set_defaults(call=partial(plan, parser))
+    add = parser.add_argument
+    add("--model", metavar="ID_OR_DIR", type=nonempty, default="MiniMaxAI/MiniMax-M3",
+        help="hub id or directory (default: %(default)s)")
+    add("--experts", choices=EXPERTS, default=EXPERTS[0],
+        help="cut each routed expert by columns, or give each rank whole experts (default: %(default)s)")
+    add("--context", metavar="N", type=whole(1), help="tokens of context to make room for")
+    add("--json", action="store_true", help="print one JSON object")
+
+    machines = parser.add_mutually_exclusive_group()
+    machines.add_argument("--world", metavar="N", type=whole(1, MAX_RANKS), help="number of equal machines")
+    machines.add_argument("--machines", metavar="GB,GB,...", type=machine_memories, help="each machine's memory, in GB")
+    add("--memory", metavar="GB", type=positive, help="memory of each of the --world machines")
+
+    add = parser.add_argument_group("quantisation, if not the checkpoint's own").add_argument
+    add("--mode", choices=MODES, help="format of the quantised weights")
+    add("--bits", metavar="N", type=whole(2, 8), help="bits of one quantised weight")
+    add("--group-size", metavar="N", type=whole(16), help="weights that share one scale")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Values: argparse types. argparse puts the flag's name before their errors.
+
+
+def whole(low: int, high: int | None = None) -> Callable[[str], int]:
+    """A whole number from `low` to `high`, both included."""
+    described = f"{low} or more" if high is None else f"from {low} to {high}"
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be a whole number, not {text!r}") from None
+        if value < low or (high is not None and value > high):
+            raise argparse.ArgumentTypeError(f"must be {described}, not {value}")
+        return value
+
+    return parse
+
+
+def real(described: str, allowed: Callable[[float], bool]) -> Callable[[str], float]:
+    """A finite number for which `allowed` holds; `described` says in words which those are."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be a number, not {text!r}") from None
+        if not math.isfinite(value) or not allowed(value):
+            raise argparse.ArgumentTypeError(f"must be {described}, not {text}")
+        return value
+
+    return parse
+
+
+positive = real("more than 0", lambda x: x > 0)
+
+
+def positives(text: str) -> tuple[float, ...]:
+    """Comma-separated numbers, each more than 0."""
+    return tuple(positive(part) for part in text.split(","))
+
+
+def machine_memories(text: str) -> tuple[float, ...]:
+    """Comma-separated memories in GB, one a machine."""
+    memories = positives(text)
+    if len(memories) > MAX_RANKS:
+        raise argparse.ArgumentTypeError(f"must be at most {MAX_RANKS} machines, not {len(memories)}")
+    return memories
+
+
+def nonempty(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty")
+    return text

@@ -1,0 +1,1 @@
+"""Getting the processes running and keeping them honest. Never imports MLX."""
