@@ -479,7 +479,7 @@ def long_dialogue(rng: random.Random) -> Dialogue:
     return talk
 
 
-def train_dialogues(seed: int, long_share: float = 0.15) -> Iterator[Dialogue]:
+def train_dialogues(seed: int, long_share: float = 0.08) -> Iterator[Dialogue]:
     """Endless training dialogues, none of which has a held-out conversation at its start."""
     rng = random.Random(f"train {seed}")
     while True:
