@@ -1,0 +1,139 @@
+"""What ranks say to each other. The only file that initialises or calls mx.distributed.
+
+`Comm` wraps a group; `Comm()` is the world of one, whose collectives are the identity. Every collective must be called
+by all ranks, in the same order, with the same shapes: the ring does not check, it sums what arrives.
+"""
+
+import ctypes.util
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import mlx.core as mx
+
+import m3dist
+from m3dist.errors import CommunicationError
+
+
+class Comm:
+    """A rank's view of its world: `rank` in 0..`world`-1, and the collectives the model uses."""
+
+    def __init__(self, group: mx.distributed.Group | None = None, abort: Callable[[int], None] | None = None):
+        self.group = group
+        self.rank = group.rank() if group else 0
+        self.world = group.size() if group else 1
+        self.abort = abort  # ends the whole job at once, where the launcher has such a thing (MPI)
+
+    def all_sum(self, x: mx.array) -> mx.array:
+        """The sum of every rank's `x`: same shape and dtype, same bits on every rank."""
+        return x if self.world == 1 else mx.distributed.all_sum(x, group=self.group)
+
+    def all_gather(self, x: mx.array) -> mx.array:
+        """Every rank's `x` (same shape everywhere), stacked in rank order: [world, *x.shape]."""
+        if self.world == 1:
+            return x[None]
+        return mx.distributed.all_gather(x[None], group=self.group)
+
+    def from_rank_0(self, x: mx.array) -> mx.array:
+        """Rank 0's `x`, an integer array whose shape every rank knows."""
+        return self.all_sum(x if self.rank == 0 else mx.zeros_like(x))
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Every rank's `value` (anything JSON can hold), in rank order."""
+        data = json.dumps(value).encode()
+        sizes = self.all_gather(mx.array([len(data)], dtype=mx.uint32))
+        width = int(sizes.max().item())
+        padded = mx.array(list(data.ljust(width)), dtype=mx.uint8)
+        rows = self.all_gather(padded).tolist()
+        return [json.loads(bytes(row)) for row in rows]
+
+    def object_from_rank_0(self, value: Any = None) -> Any:
+        """Rank 0's `value` (anything JSON can hold); the others' is ignored."""
+        return self.gather_objects(value if self.rank == 0 else None)[0]
+
+    def barrier(self) -> None:
+        """Return when every rank is here."""
+        mx.eval(self.all_sum(mx.ones(1, dtype=mx.uint32)))
+
+
+def connect(backend: str | None, job: str | None = None) -> tuple[Comm, str]:
+    """Join the world the launcher set up over `backend` (None: a world of one). Returns it and the job's id.
+
+    The backend is always named: with "any", variables left over from another job can pick the wrong one. Under MPI the
+    ranks agree on the job id through mpi4py. Raises CommunicationError, naming the backend, where it cannot start.
+    """
+    if backend is None:
+        return Comm(), job or "single"
+    if backend == "mpi":
+        # mlx's default name exists only where Open MPI's development files are installed.
+        os.environ.setdefault("MLX_MPI_LIBNAME", ctypes.util.find_library("mpi") or "libmpi.so")
+    try:
+        group = mx.distributed.init(strict=True, backend=backend)
+    except (RuntimeError, ValueError) as error:
+        raise CommunicationError(f"backend {backend} did not start: {error}") from None
+    if backend != "mpi":
+        return Comm(group), job or ""
+    mpi = _running_mpi()
+    job = mpi.COMM_WORLD.bcast(job or os.urandom(8).hex(), root=0)
+    return Comm(group, abort=mpi.COMM_WORLD.Abort), job
+
+
+def _running_mpi() -> Any:
+    """mpi4py over the MPI that mlx has already initialised; neither initialises nor finalises it again."""
+    try:
+        import mpi4py
+    except ImportError:
+        raise CommunicationError("the mpi backend needs mpi4py: pip install 'm3dist[mpi]'") from None
+    mpi4py.rc.initialize = mpi4py.rc.finalize = False
+    from mpi4py import MPI
+
+    return MPI
+
+
+def check_same(comm: Comm, facts: dict[str, str]) -> None:
+    """Compare named facts (job, versions, plan) over the ranks, right after connecting and again once planned.
+
+    Two jobs on one machine can be cross-connected by the ring without an error; their sums would be wrong silently.
+    Raises CommunicationError naming the fact and the ranks that differ.
+    """
+    if comm.world == 1:
+        return
+    # A fixed size, so that ranks of different programs can still compare.
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).digest()
+    rows = comm.all_gather(mx.array(list(digest), dtype=mx.uint8)).tolist()
+    if all(bytes(row) == digest for row in rows):
+        return
+    everyone = comm.gather_objects(facts)
+    for name in facts:
+        values = [other.get(name) for other in everyone]
+        if len(set(values)) > 1:
+            table = ", ".join(f"rank {rank}: {value}" for rank, value in enumerate(values))
+            raise CommunicationError(f"the ranks differ in {name} ({table}); are two jobs using the same ports?")
+    raise CommunicationError("the ranks sent different facts but the same values: another program is on these ports")
+
+
+def versions() -> dict[str, str]:
+    """What must be equal on every rank for equal results."""
+    return {"m3dist version": m3dist.__version__, "mlx version": mx.__version__}
+
+
+def agreement(hidden: mx.array) -> mx.array:
+    """A uint32 [1] that differs where the bits of `hidden` do: the sum of its words, each times an odd weight."""
+    words = hidden.reshape(-1).view(mx.uint16 if hidden.dtype.size == 2 else mx.uint32).astype(mx.uint32)
+    odd = mx.arange(words.size, dtype=mx.uint32) * 2 + 1
+    return (words * odd).sum(keepdims=True)
+
+
+def failures(comm: Comm, error: BaseException | None) -> None:
+    """After a step each rank does alone (planning, loading): if it failed on any rank, fail on all.
+
+    Raises the rank's own error, or CommunicationError with the first failing rank's message.
+    """
+    messages: Sequence[str | None] = comm.gather_objects(None if error is None else f"{type(error).__name__}: {error}")
+    if error is not None:
+        raise error
+    for rank, message in enumerate(messages):
+        if message:
+            raise CommunicationError(f"rank {rank} failed: {message}")

@@ -1,0 +1,61 @@
+"""The small parts: GemmaRMSNorm, SwigluOAI, and the gated MLP that dense layers and the shared expert are."""
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from m3dist.comm import Comm
+
+
+class GemmaRMSNorm(nn.Module):
+    """x / rms(x) * (1 + weight), in float32, cast back to x's dtype at the very end (document, section 3)."""
+
+    def __init__(self, dims: int, eps: float):
+        super().__init__()
+        self.weight = mx.zeros((dims,))
+        self.eps = eps
+        self._gain: tuple[mx.array, mx.array] | None = None
+
+    def __call__(self, x: mx.array) -> mx.array:
+        # A float32 gain promotes the result, hence the cast; in bfloat16 1 + weight would lose up to 0.4%.
+        return mx.fast.rms_norm(x, self._float32_gain(), self.eps).astype(x.dtype)
+
+    def _float32_gain(self) -> mx.array:
+        """1 + weight, computed once for the weight it was made from."""
+        if self._gain is None or self._gain[0] is not self.weight:
+            self._gain = (self.weight, 1.0 + self.weight.astype(mx.float32))
+        return self._gain[1]
+
+
+def swiglu_oai(gate_up: mx.array, alpha: float, limit: float) -> mx.array:
+    """[..., 2n] of gate then up -> [..., n]: (up + 1) * gate * sigmoid(alpha * gate), both clamped to `limit`.
+
+    The gate has an upper clamp only. Source: transformers, MiniMaxM3VLDenseMLP.
+    """
+    gate, up = mx.split(gate_up, 2, axis=-1)
+    gate = mx.minimum(gate, limit)
+    up = mx.clip(up, -limit, limit)
+    return (up + 1) * gate * mx.sigmoid(alpha * gate)
+
+
+class GatedMLP(nn.Module):
+    """down(swiglu_oai(gate_up(x))): a partial sum where the columns are cut; whoever calls it sums over the ranks."""
+
+    def __init__(self, hidden: int, width: int, alpha: float, limit: float):
+        super().__init__()
+        self.gate_up_proj = nn.Linear(hidden, 2 * width, bias=False)
+        self.down_proj = nn.Linear(width, hidden, bias=False)
+        self.alpha, self.limit = alpha, limit
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.down_proj(swiglu_oai(self.gate_up_proj(x), self.alpha, self.limit))
+
+
+class DenseMLP(GatedMLP):
+    """The MLP of a layer without experts, summed over the ranks."""
+
+    def __init__(self, hidden: int, width: int, alpha: float, limit: float):
+        super().__init__(hidden, width, alpha, limit)
+        self.comm = Comm()
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.comm.all_sum(super().__call__(x))

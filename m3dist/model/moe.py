@@ -1,0 +1,132 @@
+"""The mixture of experts: a float32 router, experts gathered by index, one shared expert, one sum over the ranks."""
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from m3dist.comm import Comm
+from m3dist.config import ModelConfig
+from m3dist.model.layers import GatedMLP, swiglu_oai
+
+SORT_FROM = 64  # (token, expert) pairs from which grouping them by expert pays
+
+
+class SwitchLinear(nn.Module):
+    """One matrix an expert: weight [experts, out, in]."""
+
+    def __init__(self, experts: int, columns: int, rows: int):
+        super().__init__()
+        self.weight = mx.zeros((experts, rows, columns))
+
+    def __call__(self, x: mx.array, experts: mx.array, is_sorted: bool) -> mx.array:
+        """x [..., 1, in] times the matrices of experts [...] -> [..., 1, out]."""
+        transposed = self.weight.swapaxes(-1, -2)
+        return mx.gather_mm(x, transposed, rhs_indices=experts, sorted_indices=is_sorted)
+
+    def to_quantized(self, group_size: int = 64, bits: int = 4, mode: str = "affine", **_) -> "QuantizedSwitchLinear":
+        """What nn.quantize calls."""
+        quantized = QuantizedSwitchLinear(group_size, bits, mode)
+        quantized.weight, quantized.scales, *rest = mx.quantize(self.weight, group_size, bits, mode=mode)
+        quantized.biases = rest[0] if rest else None
+        return quantized
+
+
+class QuantizedSwitchLinear(nn.Module):
+    """SwitchLinear in one of MLX's quantised formats."""
+
+    def __init__(self, group_size: int, bits: int, mode: str):
+        super().__init__()
+        self.group_size, self.bits, self.mode = group_size, bits, mode
+
+    def __call__(self, x: mx.array, experts: mx.array, is_sorted: bool) -> mx.array:
+        return mx.gather_qmm(
+            x,
+            self.weight,
+            self.scales,
+            self.biases,
+            rhs_indices=experts,
+            transpose=True,
+            group_size=self.group_size,
+            bits=self.bits,
+            mode=self.mode,
+            sorted_indices=is_sorted,
+        )
+
+
+class SwitchMLP(nn.Module):
+    """The routed experts: every (token, chosen expert) pair through its gated MLP."""
+
+    def __init__(self, c: ModelConfig):
+        super().__init__()
+        self.gate_up_proj = SwitchLinear(c.num_local_experts, c.hidden_size, 2 * c.intermediate_size)
+        self.down_proj = SwitchLinear(c.num_local_experts, c.intermediate_size, c.hidden_size)
+        self.alpha, self.limit = c.swiglu_alpha, c.swiglu_limit
+
+    def __call__(self, x: mx.array, experts: mx.array) -> mx.array:
+        """x [tokens, hidden], experts [tokens, k] -> [tokens, k, hidden]."""
+        tokens, k = experts.shape
+        if tokens * k < SORT_FROM:
+            return self._pairs(x[:, None, None], experts, is_sorted=False).squeeze(-2)
+        order = mx.argsort(experts.reshape(-1))
+        out = self._pairs(x[order // k, None], experts.reshape(-1)[order], is_sorted=True)
+        return out.squeeze(-2)[mx.argsort(order)].reshape(tokens, k, -1)
+
+    def _pairs(self, x: mx.array, experts: mx.array, is_sorted: bool) -> mx.array:
+        hidden = swiglu_oai(self.gate_up_proj(x, experts, is_sorted), self.alpha, self.limit)
+        return self.down_proj(hidden, experts, is_sorted)
+
+    def held(self, x: mx.array, experts: mx.array, first: int) -> mx.array:
+        """As __call__ where this rank holds only the experts from `first` on: other ranks' pairs give zero.
+
+        A batch computes its own pairs alone, which needs their number on the host; below that a wasted product on one
+        expert is cheaper than waiting for it.
+        """
+        tokens, k = experts.shape
+        count = self.gate_up_proj.weight.shape[0]
+        local = experts.astype(mx.int32) - first
+        mine = (local >= 0) & (local < count)
+        if tokens * k < SORT_FROM:
+            return mx.where(mine[..., None], self(x, mx.where(mine, local, 0).astype(mx.uint32)), 0)
+        order = mx.argsort(mx.where(mine, local, count).reshape(-1))
+        order = order[: int(mine.sum().item())]
+        out = mx.zeros((tokens * k, x.shape[-1]), dtype=x.dtype)
+        if order.size:
+            chosen = local.reshape(-1)[order].astype(mx.uint32)
+            out[order] = self._pairs(x[order // k, None], chosen, is_sorted=True).squeeze(-2)
+        return out.reshape(tokens, k, -1)
+
+
+class SparseMoeBlock(nn.Module):
+    """Router, routed experts and the shared expert (document, section 3)."""
+
+    def __init__(self, c: ModelConfig):
+        super().__init__()
+        self.gate = nn.Linear(c.hidden_size, c.num_local_experts, bias=False)
+        self.e_score_correction_bias = mx.zeros((c.num_local_experts,))
+        self.switch_mlp = SwitchMLP(c)
+        self.shared_experts = GatedMLP(c.hidden_size, c.shared_intermediate_size, c.swiglu_alpha, c.swiglu_limit)
+        self.num_experts, self.k, self.scale = c.num_local_experts, c.num_experts_per_tok, c.routed_scaling_factor
+        self.first_expert = 0  # of those this rank holds, where it holds whole experts
+        self.comm = Comm()
+
+    def __call__(self, x: mx.array) -> mx.array:
+        flat = x.reshape(-1, x.shape[-1])
+        experts, weights = self.route(flat)
+        if self.switch_mlp.gate_up_proj.weight.shape[0] == self.num_experts:
+            routed = self.switch_mlp(flat, experts)
+        else:
+            routed = self.switch_mlp.held(flat, experts, self.first_expert)
+        # float32 weights: the sum over k runs in float32 and is rounded once, with the shared expert's in it.
+        y = (routed * weights[..., None]).sum(axis=-2) + self.shared_experts(flat)
+        return self.comm.all_sum(y.astype(x.dtype)).reshape(x.shape)
+
+    def route(self, x: mx.array) -> tuple[mx.array, mx.array]:
+        """x [tokens, hidden] -> chosen experts uint32 [tokens, k], their weights float32 [tokens, k].
+
+        In float32 throughout: a bfloat16 router chooses other experts for some 2% of tokens. Every rank computes this
+        from the same bits, so every rank chooses alike. The bias moves the choice only, not the weights.
+        """
+        scores = mx.sigmoid(self.gate(x.astype(mx.float32)))
+        biased = scores + self.e_score_correction_bias
+        experts = mx.argpartition(-biased, kth=self.k - 1, axis=-1)[..., : self.k]
+        chosen = mx.take_along_axis(scores, experts, axis=-1)
+        return experts, chosen * (self.scale / chosen.sum(axis=-1, keepdims=True))

@@ -1,0 +1,256 @@
+"""MiniMax-M3's text model: embedding, layers, head. Built whole; `shard` or the loader make it one rank's part.
+
+The module tree spells the published tensor names. The forward never asks for the world size: it computes with the arrays
+it holds and shows its sums, two a layer and one for the embedding.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
+
+from m3dist import checkpoint, layout
+from m3dist.cache import LayerCache
+from m3dist.comm import Comm
+from m3dist.config import ModelConfig
+from m3dist.errors import CheckpointError
+from m3dist.model.attention import Attention, Positions
+from m3dist.model.layers import DenseMLP, GemmaRMSNorm
+from m3dist.model.moe import SparseMoeBlock
+from m3dist.plan import Plan, make_plan
+from m3dist.tensors import Inventory, Quantization, infer_quantization, modules
+
+SAFETENSORS_NAMES = {
+    mx.bfloat16: "BF16",
+    mx.float16: "F16",
+    mx.float32: "F32",
+    mx.uint32: "U32",
+    mx.uint8: "U8",
+}
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, c: ModelConfig, index: int):
+        super().__init__()
+        self.input_layernorm = GemmaRMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.self_attn = Attention(c, index)
+        self.post_attention_layernorm = GemmaRMSNorm(c.hidden_size, c.rms_norm_eps)
+        if c.moe_layer_freq[index]:
+            self.block_sparse_moe = SparseMoeBlock(c)
+        else:
+            self.mlp = DenseMLP(c.hidden_size, c.dense_intermediate_size, c.swiglu_alpha, c.swiglu_limit)
+
+    @property
+    def feed_forward(self) -> SparseMoeBlock | DenseMLP:
+        return self.block_sparse_moe if "block_sparse_moe" in self else self.mlp
+
+    def __call__(self, h: mx.array, positions: Positions, cache: LayerCache) -> mx.array:
+        h = h + self.self_attn(self.input_layernorm(h), positions, cache)
+        return h + self.feed_forward(self.post_attention_layernorm(h))
+
+
+class TextModel(nn.Module):
+    def __init__(self, c: ModelConfig):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
+        self.layers = [DecoderLayer(c, i) for i in range(c.num_hidden_layers)]
+        self.norm = GemmaRMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.vocab_size, self.first_row = c.vocab_size, 0
+        self.comm = Comm()
+
+    def __call__(self, tokens: mx.array, cache: Sequence[LayerCache]) -> mx.array:
+        """tokens [rows, n] -> the normalised last hidden state [rows, n, hidden]."""
+        positions = Positions(tuple(cache[0].starts(tokens.shape[0])), tokens.shape[1])
+        h = self.embed(tokens)
+        for layer, layer_cache in zip(self.layers, cache):
+            h = layer(h, positions, layer_cache)
+        return self.norm(h)
+
+    def embed(self, tokens: mx.array) -> mx.array:
+        """A token's row, from the rank that holds it: all others add zeros."""
+        rows = self.embed_tokens.weight.shape[0]
+        if rows == self.vocab_size:
+            return self.embed_tokens(tokens)
+        local = tokens.astype(mx.int32) - self.first_row
+        mine = (local >= 0) & (local < rows)
+        found = mx.where(mine[..., None], self.embed_tokens(mx.where(mine, local, 0)), 0)
+        return self.comm.all_sum(found)
+
+
+class LanguageModel(nn.Module):
+    def __init__(self, c: ModelConfig):
+        super().__init__()
+        self.model = TextModel(c)
+        if not c.tie_word_embeddings:
+            self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        """[..., hidden] -> logits of the vocabulary rows this rank holds."""
+        return self.lm_head(hidden) if "lm_head" in self else self.model.embed_tokens.as_linear(hidden)
+
+
+class Model(nn.Module):
+    """MiniMax-M3. `args` as ModelArgs.from_dict gives it; weights through `sanitize` and `load_weights`, or the loader."""
+
+    def __init__(self, args: ModelConfig):
+        super().__init__()
+        self.args = args
+        self.model_type = args.model_type
+        self.language_model = LanguageModel(args)
+        self.comm = Comm()
+        self._vocabulary = (args.vocab_size,)  # rows of the head on each rank
+
+    # -- forward --------------------------------------------------------------------------------------------------
+
+    def __call__(
+        self, tokens: mx.array, cache: Sequence[LayerCache] | None = None, lengths: Sequence[int] | None = None
+    ) -> mx.array:
+        """Logits of the whole vocabulary, on every rank: tokens [rows, n] -> [rows, n, vocab_size].
+
+        `cache` (from `make_cache`) holds what came before and takes these tokens in. Rows of unequal length are padded
+        on the right, with `lengths` real tokens each; logits at padded places mean nothing.
+        """
+        return self._whole_vocabulary(self.local_logits(self.hidden(tokens, cache, lengths)))
+
+    def hidden(
+        self, tokens: mx.array, cache: Sequence[LayerCache] | None = None, lengths: Sequence[int] | None = None
+    ) -> mx.array:
+        """The normalised last hidden state [rows, n, hidden_size], the same bits on every rank."""
+        cache = self.make_cache() if cache is None else cache
+        for layer_cache in cache if lengths is not None else ():
+            layer_cache.prepare(lengths)
+        hidden = self.language_model.model(tokens, cache)
+        for layer_cache in cache if lengths is not None else ():
+            layer_cache.finalize()
+        return hidden
+
+    def local_logits(self, hidden: mx.array) -> mx.array:
+        """[..., hidden_size] -> logits of the vocabulary rows this rank holds, `first_row` on."""
+        return self.language_model.logits(hidden)
+
+    @property
+    def first_row(self) -> int:
+        """The first vocabulary row this rank holds."""
+        return self.language_model.model.first_row
+
+    def _whole_vocabulary(self, local: mx.array) -> mx.array:
+        if len(self._vocabulary) == 1:
+            return local
+        widest = max(self._vocabulary)
+        padded = mx.pad(local, [(0, 0)] * (local.ndim - 1) + [(0, widest - local.shape[-1])])
+        everyone = self.comm.all_gather(padded)
+        return mx.concatenate([everyone[rank][..., :rows] for rank, rows in enumerate(self._vocabulary)], axis=-1)
+
+    def make_cache(self) -> list[LayerCache]:
+        """An empty cache, one entry a layer."""
+        return [LayerCache(max(1, self.args.sparse_block_size)) for _ in self.layers]
+
+    @property
+    def layers(self) -> list[DecoderLayer]:
+        return self.language_model.model.layers
+
+    # -- weights --------------------------------------------------------------------------------------------------
+
+    def sanitize(self, weights: Mapping[str, mx.array]) -> dict[str, mx.array]:
+        """Whole tensors of any layout m3dist reads -> this model's names and packing. Raises CheckpointError."""
+        return checkpoint_arrays(self.args, weights)
+
+    @property
+    def quant_predicate(self) -> Callable[[str, nn.Module], bool | dict[str, Any]]:
+        """What nn.quantize asks for each module: the router stays at 8 bits, group 64."""
+
+        def predicate(path: str, module: nn.Module) -> bool | dict[str, Any]:
+            if path.endswith("block_sparse_moe.gate"):
+                return {"group_size": 64, "bits": 8, "mode": "affine"}
+            return hasattr(module, "to_quantized")
+
+        return predicate
+
+    def quantize_as(self, quantization: Mapping[str, Quantization | None]) -> None:
+        """Turn modules into quantised ones, ready for weights already in that format."""
+        wanted = {name: q for name, q in quantization.items() if q is not None}
+
+        def predicate(path: str, module: nn.Module) -> bool | dict[str, Any]:
+            if path not in wanted:
+                return False
+            q = wanted[path]
+            return {"group_size": q.group_size, "bits": q.bits, "mode": q.mode}
+
+        if wanted:
+            nn.quantize(self, class_predicate=predicate)
+
+    def load_weights(self, file_or_weights: Any, strict: bool = True) -> nn.Module:
+        """nn.Module's, but modules whose weights come with scales are quantised to match first."""
+        if not isinstance(file_or_weights, str):
+            file_or_weights = list(file_or_weights)
+            self.quantize_as(self._inventory(dict(file_or_weights)).quantization)
+        return super().load_weights(file_or_weights, strict)
+
+    def inventory(self) -> Inventory:
+        """The formats of the weights this (whole) model holds."""
+        return self._inventory(dict(tree_flatten(self.parameters())))
+
+    def _inventory(self, weights: Mapping[str, mx.array]) -> Inventory:
+        found = {}
+        for name, module in modules(self.args).items():
+            leaves = {leaf: weights[f"{name}.{leaf}"] for leaf in ("weight", "scales", "biases") if f"{name}.{leaf}" in weights}
+            stored = {leaf: (x.shape, SAFETENSORS_NAMES.get(x.dtype, str(x.dtype))) for leaf, x in leaves.items()}
+            found[name] = infer_quantization(module, stored)
+        norm = weights.get("language_model.model.norm.weight")
+        dtype = "F32" if norm is None else SAFETENSORS_NAMES[norm.dtype]
+        return Inventory(self.args, dtype, {name: q for name, q in found.items() if q})
+
+    # -- the cut --------------------------------------------------------------------------------------------------
+
+    def shard(
+        self,
+        group: mx.distributed.Group | Comm | None = None,
+        weights: Sequence[float] | None = None,
+        experts: str = "columns",
+    ) -> Plan:
+        """Keep this rank's part of the whole model, by the same plan the loader follows; returns the plan.
+
+        `group` None is mx.distributed's own world; `weights` one number a rank for unequal ranks.
+        """
+        comm = group if isinstance(group, Comm) else Comm(group or mx.distributed.init())
+        plan = make_plan(self.inventory(), weights or comm.world, experts)
+        slices = plan.slices(comm.rank)
+        held = [(name, take(x, slices[name])) for name, x in tree_flatten(self.parameters())]
+        self.hold(plan, comm, held)
+        return plan
+
+    def hold(self, plan: Plan, comm: Comm, held: Iterable[tuple[str, mx.array]]) -> None:
+        """Become rank `comm.rank` of `plan` with these arrays. Raises CheckpointError where one is missing, left over
+        or of another shape than planned."""
+        share, arrays, specs = plan.shares[comm.rank], dict(held), plan.held_specs(comm.rank)
+        if odd := sorted(specs.keys() ^ arrays.keys()):
+            raise CheckpointError(f"{odd[0]} is {'missing' if odd[0] in specs else 'left over'} (of {len(odd)} such)")
+        for name, spec in specs.items():
+            if arrays[name].shape != spec.shape:
+                raise CheckpointError(f"{name} is {list(arrays[name].shape)}, the plan says {list(spec.shape)}")
+        self.quantize_as(plan.inventory.quantization)
+        self.update(tree_unflatten(list(arrays.items())))
+        self._vocabulary = tuple(b - a for a, b in (s.spans["vocabulary"] for s in plan.shares))
+        text = self.language_model.model
+        text.first_row = share.spans["vocabulary"][0]
+        for layer in self.layers:
+            layer.self_attn.set_groups(layout.head_groups(share, self.args))
+            if plan.experts == "whole" and isinstance(layer.feed_forward, SparseMoeBlock):
+                layer.feed_forward.first_expert = share.spans["whole_expert"][0]
+            layer.self_attn.comm = layer.feed_forward.comm = comm
+        self.comm = text.comm = comm
+
+
+def take(x: mx.array, part: layout.Slice) -> mx.array:
+    """The slice of a whole array, contiguous: a packed product refuses strided weights."""
+    if part.axis is None:
+        return x
+    moved = x.swapaxes(part.axis, 0)
+    pieces = [moved[start:stop] for start, stop in part.spans]
+    return mx.contiguous(mx.concatenate(pieces).swapaxes(part.axis, 0))
+
+
+def checkpoint_arrays(config: ModelConfig, weights: Mapping[str, mx.array]) -> dict[str, mx.array]:
+    raise NotImplementedError

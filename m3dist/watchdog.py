@@ -1,0 +1,58 @@
+"""Ends a rank that waits for ever. No MLX.
+
+A collective whose peer stalls never returns and cannot be interrupted from Python, so a thread watches the clock and ends
+the process. Progress is what the rank's own work reports (a collective done, a tensor loaded), never a heartbeat.
+"""
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+EXIT_PEER_LOST = 75  # another rank is gone: that rank's own message says why
+EXIT_STALLED = 76  # nothing finished within the limit
+
+
+def end_process(code: int, message: str, abort: Callable[[int], None] | None = None) -> None:
+    """Say why and leave at once, without the exit handlers that would wait for lost peers.
+
+    `abort` ends a whole MPI job: an early exit alone leaves the other ranks of one waiting in finalize.
+    """
+    print(f"m3dist: {message}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    if abort:
+        abort(code)
+    os._exit(code)
+
+
+class Watchdog:
+    """Ends the process when `progress` was not called for `limit` seconds. Watches from `start` to `stop`."""
+
+    def __init__(self, who: str, abort: Callable[[int], None] | None = None):
+        self.who, self.abort = who, abort
+        self._phase, self._limit, self._since = "start", float("inf"), time.monotonic()
+        self._changed = threading.Condition()
+        threading.Thread(target=self._watch, name="m3dist-watchdog", daemon=True).start()
+
+    def progress(self, phase: str, limit: float) -> None:
+        """Something finished; now `phase` begins and must report within `limit` seconds."""
+        with self._changed:
+            earlier = limit < self._limit
+            self._phase, self._limit, self._since = phase, limit, time.monotonic()
+            if earlier:
+                self._changed.notify()
+
+    def stop(self) -> None:
+        """No limit until the next `progress`."""
+        self.progress("idle", float("inf"))
+
+    def _watch(self) -> None:
+        with self._changed:
+            while True:
+                left = self._since + self._limit - time.monotonic()
+                if left <= 0:
+                    break
+                self._changed.wait(None if left == float("inf") else left)
+        message = f"{self.who}: nothing finished for {self._limit:.0f} s in {self._phase}; a peer stalled or is gone"
+        end_process(EXIT_STALLED, message, self.abort)
