@@ -1,9 +1,9 @@
 """Which tests this machine can run, read from their markers.
 
-A test says what it needs with a marker (`mpi`, `torch`, `mlx_lm`, `hosts`; tests in tests/ranks and tests/hosts get
-theirs from the folder). Where the need is not met the test is skipped with a reason. Under M3DIST_CI=1 nothing may be
-skipped, because .ci/run installed every tool: a skip fails the session, unless its reason starts with "machine:",
-which is for what no installation can change (another operating system, a kernel without network namespaces).
+A test says what it needs with a marker (`mpi`, `torch`, `transformers`, `mlx_lm`, `hosts`); tests in tests/ranks and
+tests/hosts get theirs from the folder. Where the need is not met the test is skipped with a reason. Under M3DIST_CI=1
+nothing may be skipped, because .ci/run installed every tool: a skip fails the session, unless its reason starts with
+"machine:", which is for what no installation can change (another operating system, a kernel without namespaces).
 """
 
 import importlib.util
@@ -49,6 +49,7 @@ def no_namespaces() -> str | None:
 NEEDS = {
     "mpi": lambda: no_command("mpirun") or no_module("mpi4py"),
     "torch": lambda: no_module("torch", "transformers"),
+    "transformers": lambda: no_module("transformers"),
     "mlx_lm": lambda: no_module("mlx_lm"),
     "hosts": lambda: no_namespaces() or no_command("ip", "sshd", "ssh"),
 }
