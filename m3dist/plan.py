@@ -70,7 +70,7 @@ class Plan:
         content = {
             "config": asdict(self.inventory.config),
             "dtype": self.inventory.dtype,
-            "quantization": {name: str(q) for name, q in self.inventory.quantization.items()},
+            "quantization": {name: str(q) for name, q in self.inventory.quantization.items() if q},
             "experts": self.experts,
             "spans": [dict(share.spans) for share in self.shares],
         }

@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from m3dist import checkpoint, layout
+from m3dist import layout
 from m3dist.cache import LayerCache
 from m3dist.comm import Comm
 from m3dist.config import ModelConfig
@@ -20,15 +20,13 @@ from m3dist.model.attention import Attention, Positions
 from m3dist.model.layers import DenseMLP, GemmaRMSNorm
 from m3dist.model.moe import SparseMoeBlock
 from m3dist.plan import Plan, make_plan
-from m3dist.tensors import Inventory, Quantization, infer_quantization, modules
+from m3dist.sample import Candidates, Sampling, gather_candidates
+from m3dist.tensors import LEAVES, Inventory, Quantization, infer_quantization, modules
+from m3dist.translation import FP8_BLOCK, Assembly, translate
 
-SAFETENSORS_NAMES = {
-    mx.bfloat16: "BF16",
-    mx.float16: "F16",
-    mx.float32: "F32",
-    mx.uint32: "U32",
-    mx.uint8: "U8",
-}
+# safetensors' names of dtypes, and back
+DTYPES = {"BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32, "U32": mx.uint32, "U8": mx.uint8}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class DecoderLayer(nn.Module):
@@ -127,13 +125,13 @@ class Model(nn.Module):
         return hidden
 
     def local_logits(self, hidden: mx.array) -> mx.array:
-        """[..., hidden_size] -> logits of the vocabulary rows this rank holds, `first_row` on."""
+        """[..., hidden_size] -> logits of the vocabulary rows this rank holds."""
         return self.language_model.logits(hidden)
 
-    @property
-    def first_row(self) -> int:
-        """The first vocabulary row this rank holds."""
-        return self.language_model.model.first_row
+    def candidates(self, hidden: mx.array, sampling: Sampling) -> Candidates:
+        """The likeliest next tokens over all ranks, after the hidden state [hidden_size] of one position."""
+        local, first = self.local_logits(hidden), self.language_model.model.first_row
+        return gather_candidates(local, first, max(self._vocabulary), hidden, sampling, self.comm, sum(self._vocabulary))
 
     def _whole_vocabulary(self, local: mx.array) -> mx.array:
         if len(self._vocabulary) == 1:
@@ -155,7 +153,8 @@ class Model(nn.Module):
 
     def sanitize(self, weights: Mapping[str, mx.array]) -> dict[str, mx.array]:
         """Whole tensors of any layout m3dist reads -> this model's names and packing. Raises CheckpointError."""
-        return checkpoint_arrays(self.args, weights)
+        translation = translate(self.args, {name: (x.shape, NAMES[x.dtype]) for name, x in weights.items()})
+        return {name: assemble(assembly, weights) for name, assembly in translation.assemblies.items()}
 
     @property
     def quant_predicate(self) -> Callable[[str, nn.Module], bool | dict[str, Any]]:
@@ -188,18 +187,22 @@ class Model(nn.Module):
             self.quantize_as(self._inventory(dict(file_or_weights)).quantization)
         return super().load_weights(file_or_weights, strict)
 
+    def held_arrays(self) -> list[tuple[str, mx.array]]:
+        """Name and array of everything this rank holds."""
+        return tree_flatten(self.parameters())
+
     def inventory(self) -> Inventory:
         """The formats of the weights this (whole) model holds."""
-        return self._inventory(dict(tree_flatten(self.parameters())))
+        return self._inventory(dict(self.held_arrays()))
 
     def _inventory(self, weights: Mapping[str, mx.array]) -> Inventory:
         found = {}
         for name, module in modules(self.args).items():
-            leaves = {leaf: weights[f"{name}.{leaf}"] for leaf in ("weight", "scales", "biases") if f"{name}.{leaf}" in weights}
-            stored = {leaf: (x.shape, SAFETENSORS_NAMES.get(x.dtype, str(x.dtype))) for leaf, x in leaves.items()}
+            leaves = {leaf: weights[f"{name}.{leaf}"] for leaf in LEAVES if f"{name}.{leaf}" in weights}
+            stored = {leaf: (x.shape, NAMES[x.dtype]) for leaf, x in leaves.items()}
             found[name] = infer_quantization(module, stored)
         norm = weights.get("language_model.model.norm.weight")
-        dtype = "F32" if norm is None else SAFETENSORS_NAMES[norm.dtype]
+        dtype = "F32" if norm is None else NAMES[norm.dtype]
         return Inventory(self.args, dtype, {name: q for name, q in found.items() if q})
 
     # -- the cut --------------------------------------------------------------------------------------------------
@@ -217,7 +220,7 @@ class Model(nn.Module):
         comm = group if isinstance(group, Comm) else Comm(group or mx.distributed.init())
         plan = make_plan(self.inventory(), weights or comm.world, experts)
         slices = plan.slices(comm.rank)
-        held = [(name, take(x, slices[name])) for name, x in tree_flatten(self.parameters())]
+        held = [(name, take(x, slices[name])) for name, x in self.held_arrays()]
         self.hold(plan, comm, held)
         return plan
 
@@ -252,5 +255,22 @@ def take(x: mx.array, part: layout.Slice) -> mx.array:
     return mx.contiguous(mx.concatenate(pieces).swapaxes(part.axis, 0))
 
 
-def checkpoint_arrays(config: ModelConfig, weights: Mapping[str, mx.array]) -> dict[str, mx.array]:
-    raise NotImplementedError
+def assemble(assembly: Assembly, weights: Mapping[str, mx.array]) -> mx.array:
+    """One whole tensor of ours from stored ones in memory; the loader does the same from files, a slice at a time."""
+    spec, rows = assembly.spec, []
+    for piece in assembly.pieces:
+        x = weights[piece.tensor]
+        if piece.scale:
+            x = _dequantize_blocks(x, weights[piece.scale])
+        elif spec.dtype == "U32" and x.dtype == mx.uint8:
+            x = x.view(mx.uint32)  # four FP8 values a word, as MLX's mxfp8 has them
+        flat = x.reshape(-1, x.shape[-1])
+        rows.append(flat[piece.row : piece.row + piece.rows])
+    whole = rows[0] if len(rows) == 1 else mx.concatenate(rows)
+    return whole.reshape(spec.shape).astype(DTYPES[spec.dtype])
+
+
+def _dequantize_blocks(x: mx.array, scale: mx.array) -> mx.array:
+    """FP8 bytes [..., rows, columns] times one float a 128 x 128 block -> float32."""
+    spread = mx.repeat(mx.repeat(scale.astype(mx.float32), FP8_BLOCK, axis=-1), FP8_BLOCK, axis=-2)
+    return mx.from_fp8(x, mx.float32) * spread[..., : x.shape[-2], : x.shape[-1]]

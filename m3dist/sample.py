@@ -1,0 +1,73 @@
+"""Logits -> token. The vocabulary is cut over the ranks, so each sends its best candidates, never its logits."""
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from m3dist.comm import Comm, agreement
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is chosen, in transformers' order: temperature, top-k, top-p, min-p. Temperature 0 is greedy."""
+
+    temperature: float = 1.0
+    top_p: float = 0.95  # 1 is off
+    top_k: int = 40  # 0 is off
+    min_p: float = 0.0  # 0 is off
+
+    def candidates(self, vocabulary: int) -> int:
+        """How many of a rank's best logits can matter."""
+        if self.temperature == 0:
+            return 1
+        return min(self.top_k or vocabulary, vocabulary)
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The likeliest tokens over all ranks: logits float32 [n] and ids uint32 [n], likeliest first.
+
+    `agree` is true where all ranks computed the same hidden state, bit for bit.
+    """
+
+    logits: mx.array
+    ids: mx.array
+    agree: mx.array
+
+
+def gather_candidates(
+    local: mx.array, first_row: int, widest: int, hidden: mx.array, sampling: Sampling, comm: Comm, vocabulary: int
+) -> Candidates:
+    """Every rank's best logits with their token ids, and a check on the hidden state they came from.
+
+    local [rows held]: this rank's logits of vocabulary rows `first_row` on; `widest`: the most rows any rank holds;
+    hidden: what the logits came from. One all_gather of 2 * candidates + 1 words a rank.
+    """
+    wanted = sampling.candidates(vocabulary)
+    count = min(wanted, widest)
+    local = local.astype(mx.float32)
+    # Ties go to the lowest id, as argmax does, in every world.
+    order = mx.argmax(local, keepdims=True) if count == 1 else mx.argsort(-local)[:count]
+    values, ids = local[order], order.astype(mx.uint32) + first_row
+    if missing := count - ids.size:
+        values = mx.pad(values, (0, missing), constant_values=-mx.inf)
+        ids = mx.pad(ids, (0, missing))
+    packet = mx.concatenate([values.view(mx.uint32), ids, agreement(hidden)])
+    everyone = comm.all_gather(packet)
+    values, ids = everyone[:, :count].view(mx.float32).reshape(-1), everyone[:, count : 2 * count].reshape(-1)
+    order = mx.argsort(-values)[:wanted]
+    return Candidates(values[order], ids[order], (everyone[:, -1] == everyone[0, -1]).all())
+
+
+def choose(candidates: Candidates, sampling: Sampling, key: mx.array | None) -> mx.array:
+    """One token id, uint32 [1]. `key`: mx.random's; None only for greedy."""
+    if sampling.temperature == 0:
+        return candidates.ids[:1]
+    logits = candidates.logits / sampling.temperature
+    probabilities = mx.softmax(logits)
+    # The likeliest tokens that together reach top_p: one is kept while what stands before it falls short.
+    kept = mx.cumsum(probabilities) - probabilities < sampling.top_p
+    # min-p is relative to the likeliest, so the top-p cut in between changes nothing.
+    kept = kept & (probabilities >= sampling.min_p * probabilities[0])
+    chosen = mx.random.categorical(mx.where(kept, logits, -mx.inf), key=key)
+    return candidates.ids[chosen][None]
