@@ -1,8 +1,12 @@
 """Our model as the tests here feed it."""
 
+from pathlib import Path
+
 import mlx.core as mx
 import numpy as np
 
+from m3dist import loader
+from m3dist.comm import Comm
 from m3dist.model import Model, ModelArgs
 
 
@@ -12,6 +16,11 @@ def build(config: dict, tensors: dict[str, np.ndarray]) -> Model:
     weights = model.sanitize({name: mx.array(value) for name, value in tensors.items()})
     model.load_weights(list(weights.items()))
     return model
+
+
+def load(path: Path) -> Model:
+    """Our model of a checkpoint directory, whole."""
+    return loader.load(path, Comm())
 
 
 def feed(model, tokens: mx.array, sizes) -> mx.array:

@@ -13,9 +13,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from checkpoints import all_sparse_config, dequantised, random_tensors, tiny_config
-from m3dist.loader import load
 from reference.golden import relative_error
-from reference.ours import build, feed
+from reference.ours import build, feed, load
 
 pytestmark = pytest.mark.mlx_lm
 
@@ -125,9 +124,12 @@ def test_quantised_decode(tmp_path):
 
 @pytest.mark.parametrize("sparse", [0, 1], ids=["full", "sparse"])
 def test_bfloat16(tmp_path, sparse):
-    """A model without experts, in bfloat16. Both implementations round differently, so the measure is the float32
-    answer: ours may not be farther from it than theirs, which also rounds 1 + weight of every norm to bfloat16, by more
-    than a tenth. The root mean square is compared, because one block selected otherwise moves a single position."""
+    """No experts, in bfloat16, where no two implementations round alike: the measure is the float32 answer.
+
+    A rounding to bfloat16 is wrong by up to 2**-9; some 8 of them a layer, 3 layers, added in quadrature, make 1%. And
+    ours may not be farther from the float32 answer than mlx-lm's, which rounds the norms' 1 + weight to bfloat16 too.
+    The median token counts: where rounding makes a query choose another block, that token is off by far more.
+    """
     config = tiny_config(
         moe_layer_freq=[0] * 3,
         sparse_attention_freq=[sparse] * 3,
@@ -139,11 +141,14 @@ def test_bfloat16(tmp_path, sparse):
     exact = logits(their_model(config, tensors))
     ours, other = load(path)(mx.array(TOKENS)), theirs(path)(mx.array(TOKENS))
     assert ours.dtype == other.dtype == mx.bfloat16
-    error, their_error = (
-        np.sqrt(np.mean((np.array(x.astype(mx.float32)) - exact) ** 2)) / exact.std() for x in (ours, other)
-    )
-    print(f"root mean square error: ours {error:.4f}, mlx-lm {their_error:.4f}")
-    assert error < 1.1 * their_error
+    error, their_error = (np.median(rms(np.array(x.astype(mx.float32)) - exact)) for x in (ours, other))
+    print(f"relative error of the median token: ours {error / exact.std():.4f}, mlx-lm {their_error / exact.std():.4f}")
+    assert error < their_error and error < 0.02 * exact.std()
+
+
+def rms(x: np.ndarray) -> np.ndarray:
+    """Root mean square over the last axis."""
+    return np.sqrt(np.mean(x**2, axis=-1))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -7,9 +7,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from checkpoints import all_sparse_config, dequantised, published, random_tensors, resaved, tiny_config
-from m3dist.loader import load
 from reference.golden import relative_error
-from reference.ours import build, feed
+from reference.ours import build, feed, load
 
 from m3dist.model import ModelArgs
 
