@@ -1,0 +1,76 @@
+"""What rank processes do in tests: each function runs on every rank and returns something to pickle."""
+
+import json
+import os
+import pickle
+import sys
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from m3dist.comm import Comm, connect
+from m3dist.generate import Request, generate_tokens
+from m3dist.loader import load
+from m3dist.model import Model, ModelArgs
+from m3dist.sample import Sampling
+
+
+def logits(comm: Comm, cases: list[dict[str, Any]]) -> list[dict[str, np.ndarray]]:
+    """For each case (directory, tokens, sizes, load options): logits fed in pieces, and the last hidden state's bits."""
+    found = []
+    for case in cases:
+        model = load(Path(case["directory"]), comm, dtype="float32", **case.get("options", {}))
+        tokens, cache, pieces, start = mx.array(case["tokens"])[None], model.make_cache(), [], 0
+        for size in case["sizes"]:
+            hidden = model.hidden(tokens[:, start : start + size], cache=cache)
+            pieces.append(model.whole_vocabulary(model.local_logits(hidden)))
+            mx.eval(pieces[-1], hidden)
+            start += size
+        found.append({"logits": np.array(mx.concatenate(pieces, axis=1)[0]), "hidden": np.array(hidden)})
+    return found
+
+
+def differences_from_shard(comm: Comm, cases: list[dict[str, Any]]) -> list[list[str]]:
+    """For each case: the tensors in which load(plan) and shard(whole) differ in a bit, a shape or a dtype."""
+    found = []
+    for case in cases:
+        directory, options = Path(case["directory"]), case.get("options", {})
+        loaded = dict(load(directory, comm, **options).held_arrays())
+        whole = Model(ModelArgs.from_dict(json.loads((directory / "config.json").read_text())))
+        stored = {}
+        for file in sorted(directory.glob("*.safetensors")):
+            stored |= mx.load(str(file))
+        whole.load_weights(whole.sanitize(stored).items())
+        whole.shard(comm, **options)
+        sharded = dict(whole.held_arrays())
+        odd = sorted(loaded.keys() ^ sharded.keys())
+        for name in loaded.keys() & sharded.keys():
+            a, b = loaded[name], sharded[name]
+            if a.shape != b.shape or a.dtype != b.dtype or not mx.array_equal(a.view(mx.uint8), b.view(mx.uint8)):
+                odd.append(f"{name}: {a.dtype}{list(a.shape)} {b.dtype}{list(b.shape)}")
+        found.append(odd)
+    return found
+
+
+def tokens(comm: Comm, directory: str, prompt: list[int], max_tokens: int, sampling: dict, options: dict) -> list[int]:
+    """Tokens of one generation, as every rank saw them."""
+    model = load(Path(directory), comm, **options)
+    request = Request(prompt, max_tokens, 7, 32, [], Sampling(**sampling))
+    return list(generate_tokens(model, request))
+
+
+def objects(comm: Comm) -> list[Any]:
+    """What the small exchanges give."""
+    mine = {"rank": comm.rank, "text": "é" * comm.rank}
+    return [comm.gather_objects(mine), comm.object_from_rank_0(mine)]
+
+
+if __name__ == "__main__":
+    function, out, arguments = sys.argv[1:]
+    backend = "mpi" if "OMPI_COMM_WORLD_RANK" in os.environ else "ring" if "MLX_WORLD" in os.environ else None
+    joined, _ = connect(backend)
+    result = globals()[function](joined, **json.loads(arguments))
+    (Path(out) / f"result{joined.rank}").write_bytes(pickle.dumps(result))
+    joined.barrier()

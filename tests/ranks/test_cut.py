@@ -1,0 +1,117 @@
+"""The cut, between real processes: every world computes what one rank computes, in every layout and format."""
+
+import numpy as np
+import pytest
+
+import checkpoints
+from world import run_world
+
+# 4 times the block budget (24 tokens) and more; odd pieces, then single tokens
+SIZES = [37, 50, 23, 1, 1, 1]
+TOKENS = sum(SIZES)
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory) -> list[dict]:
+    """One checkpoint a layout and format, cut in columns; two of them also with whole experts and unequal ranks.
+
+    256 columns and 8 heads of 32: eight ranks get one quantisation group of 32 each.
+    """
+    root = tmp_path_factory.mktemp("checkpoints")
+    config = checkpoints.tiny_config(
+        intermediate_size=256, shared_intermediate_size=256, dense_intermediate_size=256, num_local_experts=8
+    )
+    tensors = checkpoints.random_tensors(config, seed=3)
+    written = [
+        checkpoints.published(root / "float32", config, tensors, dtype="F32", shards=2),
+        checkpoints.published(root / "bf16", config, tensors),
+        checkpoints.mxfp8(root / "mxfp8", config, tensors),
+        checkpoints.mlx_layout(root / "affine4", config, tensors, "a", bits=4, group_size=32),
+        checkpoints.mlx_layout(root / "affine8-packed", config, tensors, "b", bits=8, group_size=32),
+        checkpoints.mlx_layout(root / "mxfp4", config, tensors, "c", mode="mxfp4"),
+        checkpoints.mlx_layout(root / "nvfp4", config, tensors, "d", mode="nvfp4"),
+    ]
+    tokens = np.random.default_rng(5).integers(0, config["text_config"]["vocab_size"], TOKENS).tolist()
+    plain = [{"directory": str(path), "tokens": tokens, "sizes": SIZES} for path in written]
+    return plain + [case | {"options": {"experts": "whole"}} for case in (plain[0], plain[3])]
+
+
+@pytest.fixture(scope="module")
+def alone(cases):
+    return run_world("logits", 1, cases=cases)[0]
+
+
+def assert_equal_to_one_rank(results, alone, cases):
+    for number, (case, one) in enumerate(zip(cases, alone, strict=True)):
+        for rank, result in enumerate(results):
+            error = np.abs(result[number]["logits"] - one["logits"]).max() / np.abs(one["logits"]).max()
+            assert error < 1e-4, f"{case['directory']} on rank {rank}: relative error {error}"
+            # Every rank routes and stops by its own copy of the residual stream: the copies must be the same bits.
+            assert np.array_equal(result[number]["hidden"].view(np.uint32), results[0][number]["hidden"].view(np.uint32))
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_ring(world, cases, alone):
+    assert_equal_to_one_rank(run_world("logits", world, cases=cases), alone, cases)
+
+
+@pytest.mark.parametrize("world", [4, 5, 8])
+def test_wide_ring(world, cases, alone):
+    """A ring's sockets spin, so with more ranks than cores each sum takes tens of milliseconds: fewer cases."""
+    few = [cases[0], cases[3], cases[-1]]
+    found = [alone[0], alone[3], alone[-1]]
+    short = [case | {"sizes": [TOKENS - 1, 1]} for case in few]
+    assert_equal_to_one_rank(run_world("logits", world, cases=short), found, short)
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("world", [2, 4, 7, 8])
+def test_mpi(world, cases, alone):
+    assert_equal_to_one_rank(run_world("logits", world, backend="mpi", cases=cases), alone, cases)
+
+
+def test_unequal_ranks(cases, alone):
+    unequal = [case | {"options": case.get("options", {}) | {"weights": [3, 1, 2]}} for case in cases]
+    assert_equal_to_one_rank(run_world("logits", 3, cases=unequal), alone, unequal)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_loading_a_plan_is_sharding_the_whole(world, cases):
+    for rank, result in enumerate(run_world("differences_from_shard", world, cases=cases)):
+        assert result == [[] for _ in cases], f"rank {rank}"
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("world", [5, 8])
+def test_loading_a_plan_is_sharding_the_whole_in_wide_worlds(world, cases):
+    for rank, result in enumerate(run_world("differences_from_shard", world, backend="mpi", cases=cases)):
+        assert result == [[] for _ in cases], f"rank {rank}"
+
+
+@pytest.mark.mpi
+def test_fifteen_query_heads_a_rank_or_none(cases):
+    """More ranks than query heads cannot be: said when planning, by every rank, with an exit status."""
+    with pytest.raises(AssertionError, match="not enough for 9 ranks"):
+        run_world("logits", 9, backend="mpi", cases=cases[:1])
+
+
+SAMPLINGS = [
+    {"temperature": 0},
+    {"temperature": 1.0, "top_k": 5, "top_p": 0.9},
+    {"temperature": 0.7, "top_k": 0, "top_p": 0.8, "min_p": 0.05},
+]
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_ranks_see_the_same_tokens_and_worlds_too(cases, sampling):
+    """Also sampled: one seed, float32 logits equal to 1e-4, so the same choice in every world here."""
+    wanted = {"directory": cases[0]["directory"], "prompt": cases[0]["tokens"][:90], "max_tokens": 12}
+    alone = run_world("tokens", 1, sampling=sampling, options={}, **wanted)[0]
+    assert len(alone) == 12
+    for world in (2, 3):
+        assert run_world("tokens", world, sampling=sampling, options={}, **wanted) == [alone] * world
+
+
+def test_small_exchanges():
+    everyone = [{"rank": rank, "text": "é" * rank} for rank in range(3)]
+    assert run_world("objects", 3) == [[everyone, everyone[0]]] * 3

@@ -1,0 +1,70 @@
+"""Runs a function of programs.py in real rank processes and returns what each rank found.
+
+Every run has a deadline; when a rank fails or time is up all are killed and the failing rank's own output is the error.
+"""
+
+import json
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+PROGRAMS = Path(__file__).with_name("programs.py")
+MPIRUN = "mpirun --allow-run-as-root --oversubscribe --bind-to none --mca mpi_yield_when_idle 1"
+
+
+def run_world(function: str, world: int, backend: str = "ring", deadline: float = 120, **arguments: Any) -> list[Any]:
+    """programs.`function`(comm, **arguments) on every rank of a world over `backend`; the results in rank order."""
+    with tempfile.TemporaryDirectory() as scratch:
+        out = Path(scratch)
+        command = [sys.executable, str(PROGRAMS), function, scratch, json.dumps(arguments)]
+        environ = {name: value for name, value in os.environ.items() if not name.startswith(("MLX_", "M3DIST_"))}
+        if backend == "mpi":
+            launches = [([*MPIRUN.split(), "-n", str(world), *command], environ)]
+        else:
+            launches = [(command, environ | ring(out, world, rank)) for rank in range(world)]
+        processes = []
+        for number, (line, env) in enumerate(launches):
+            log = open(out / f"log{number}", "wb")
+            processes.append(subprocess.Popen(line, env=env, stdout=log, stderr=log, start_new_session=True))
+        try:
+            wait(processes, out, time.monotonic() + deadline)
+        finally:
+            for process in processes:
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        return [pickle.loads((out / f"result{rank}").read_bytes()) for rank in range(world)]
+
+
+def ring(out: Path, world: int, rank: int) -> dict[str, str]:
+    """The environment of one rank of a ring on free loopback ports; a world of one has no ring."""
+    if world == 1:
+        return {}
+    hostfile = out / "hosts.json"
+    if rank == 0:
+        sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(world)]
+        hostfile.write_text(json.dumps([[f"127.0.0.1:{s.getsockname()[1]}"] for s in sockets]))
+        for s in sockets:
+            s.close()
+    return {"MLX_HOSTFILE": str(hostfile), "MLX_RANK": str(rank), "MLX_WORLD": str(world)}
+
+
+def wait(processes: list[subprocess.Popen], out: Path, end: float) -> None:
+    """Until all have ended well. Raises AssertionError with the output of the first that failed."""
+    while any(process.poll() is None for process in processes) and time.monotonic() < end:
+        if any(process.poll() for process in processes):
+            time.sleep(1.0)  # the cause may still be writing
+            break
+        time.sleep(0.02)
+    states = [process.poll() for process in processes]
+    if all(state == 0 for state in states):
+        return
+    logs = [f"--- process {n}, exit {states[n]}\n" + (out / f"log{n}").read_text() for n in range(len(states))]
+    raise AssertionError("ranks failed or ran out of time\n" + "\n".join(log[-4000:] for log in logs))
