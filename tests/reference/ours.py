@@ -1,5 +1,6 @@
 """Our model as the tests here feed it."""
 
+import json
 from pathlib import Path
 
 import mlx.core as mx
@@ -18,9 +19,19 @@ def build(config: dict, tensors: dict[str, np.ndarray]) -> Model:
     return model
 
 
-def load(path: Path) -> Model:
+def load(path: Path, dtype: str | None = None) -> Model:
     """Our model of a checkpoint directory, whole."""
-    return loader.load(path, Comm())
+    return loader.load(path, Comm(), dtype=dtype)
+
+
+def load_through_sanitize(path: Path) -> Model:
+    """The same, as mlx-lm loads a model class: every tensor read by MLX, then `sanitize` and `load_weights`."""
+    weights: dict[str, mx.array] = {}
+    for file in path.glob("*.safetensors"):
+        weights |= mx.load(str(file))
+    model = Model(ModelArgs.from_dict(json.loads((path / "config.json").read_text())))
+    model.load_weights(list(model.sanitize(weights).items()))
+    return model
 
 
 def feed(model, tokens: mx.array, sizes) -> mx.array:
