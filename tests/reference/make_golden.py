@@ -12,7 +12,10 @@ transformers 5.23 as seen from here:
 - With index heads narrower than the rotation it cuts the cosines off instead of recomputing the angles, which is no
   rotation any more (mlx-lm differs there); no case has that.
 - Blocks hang on cache slots, so rows of unequal length run one by one here instead of left-padded.
-- `save_pretrained` writes exactly the published tensor names, per-expert w1, w2 and w3 included.
+- `save_pretrained` writes exactly the published tensor names, per-expert w1, w2 and w3 included. That is the class with
+  vision; the text-only MiniMaxM3VLForCausalLM writes its names in memory, and given a published directory it loads
+  nothing, keeps random weights and only reports it.
+- `mtp.*` tensors are ignored without a word.
 """
 
 import copy

@@ -75,6 +75,20 @@ def test_saved_by_transformers(reference, tmp_path):
     assert relative_error(ours(mx.array(tokens[None]))[0], wanted) < 1e-4
 
 
+def test_text_model_saved_by_transformers(reference, tmp_path):
+    """transformers' text-only class saves the names it has in memory (`mlp.experts.gate_up_proj`, `indexer.q_proj`), not
+    the published ones: its model_type has no renaming."""
+    from transformers import MiniMaxM3VLForCausalLM
+
+    config = all_sparse_config(num_hidden_layers=2)
+    _, model, tokens, wanted = steady_case(reference, config, tmp_path / "published")
+    text = MiniMaxM3VLForCausalLM(model.config.text_config)
+    text.model.load_state_dict(model.model.language_model.state_dict())
+    text.lm_head.load_state_dict(model.lm_head.state_dict())
+    text.save_pretrained(tmp_path / "saved")
+    assert relative_error(load(tmp_path / "saved")(mx.array(tokens[None]))[0], wanted) < 1e-4
+
+
 def test_resaved_spelling(reference, tmp_path):
     """Our own idea of transformers' flat spelling is the one it writes, and both spellings are one configuration."""
     config = all_sparse_config(sparse_local_block=2)
