@@ -1,0 +1,207 @@
+"""The command line on paper: values are checked, and verbs are imported only when called."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from m3dist import __version__, cli
+from m3dist.cluster import environment, local
+from m3dist.cluster.environment import Launch
+from m3dist.errors import CommunicationError, PlanError
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def called(monkeypatch):
+    """Stands for both verbs' modules and the local launcher; holds what they were called with."""
+    calls = []
+
+    class Verb:
+        @staticmethod
+        def main(*args):
+            calls.append(args)
+            return 0
+
+    monkeypatch.setitem(sys.modules, "m3dist.generate", Verb)
+    monkeypatch.setitem(sys.modules, "m3dist.plan_report", Verb)
+    monkeypatch.setattr(local, "run_local", Verb.main)
+    for name in (*environment.MPI_RANKS, *environment.MLX_BACKENDS, "MLX_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    return calls
+
+
+def run(*argv: str) -> int:
+    try:
+        return cli.main(argv)
+    except SystemExit as exit:
+        return exit.code
+
+
+def launched(monkeypatch, launch: Launch) -> None:
+    monkeypatch.setattr(environment, "detect", lambda environ: launch)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is called
+
+
+def test_one_process(called):
+    assert run("generate", "--prompt", "hi") == 0
+    [(options, launch)] = called
+    assert launch == Launch("single")
+    assert (options.model, options.prompt, options.max_tokens, options.thinking) == ("tiny", "hi", 512, "adaptive")
+    assert (options.temperature, options.top_p, options.top_k, options.min_p) == (1.0, 0.95, 40, 0.0)
+    assert (options.seed, options.stop, options.dtype, options.weights) == (None, (), None, None)
+
+
+def test_every_flag_arrives(called):
+    flags = (
+        "--model dir --prompt hi --system be --thinking enabled --raw --json --max-tokens 1 --temperature 0 --top-p 1 "
+        "--top-k 0 --min-p 0.5 --seed 7 --stop a --stop b --dtype float32 --experts whole --prefill-chunk 8 --weights 2"
+    )
+    assert run("generate", *flags.split()) == 0
+    options = called[0][0]
+    assert vars(options) == {
+        "model": "dir", "prompt": "hi", "system": "be", "thinking": "enabled", "raw": True, "json": True,
+        "max_tokens": 1, "temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.5, "seed": 7, "stop": ("a", "b"),
+        "dtype": "float32", "experts": "whole", "prefill_chunk": 8, "weights": (2.0,),
+    }  # fmt: skip
+
+
+def test_several_ranks_are_started_with_the_same_flags(called):
+    argv = ["generate", "--prompt", "hi", "-n", "3"]
+    assert run(*argv) == 0
+    assert called == [(argv, 3)]
+
+
+def test_weights_say_how_many_ranks(called):
+    assert run("generate", "--prompt", "hi", "--weights", "2,1,1.5") == 0
+    assert called[0][1] == 3
+
+
+@pytest.mark.parametrize("n", [[], ["-n", "2"]])
+def test_a_rank_is_a_rank(called, monkeypatch, n):
+    launch = Launch("mpirun", "mpi", 1, 2)
+    launched(monkeypatch, launch)
+    assert run("generate", "--prompt", "hi", *n) == 0
+    assert called[0][1] == launch
+
+
+def test_a_launcher_that_does_not_say_how_many(called, monkeypatch):
+    launched(monkeypatch, Launch("mpirun", "mpi", 1, None))
+    assert run("generate", "--prompt", "hi", "--weights", "1,1") == 0
+
+
+def test_plan(called):
+    assert run("plan", "--machines", "512,512,192", "--mode", "mxfp8", "--context", "1000", "--json") == 0
+    args = called[0][0]
+    assert (args.model, args.mode) == ("MiniMaxAI/MiniMax-M3", "mxfp8")
+    assert (args.machines, args.world) == ((512, 512, 192), None)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is refused
+
+GENERATE = ["generate", "--prompt", "hi"]
+REFUSED = [
+    ([], "m3dist: error: the following arguments are required: VERB"),
+    (["serve"], "argument VERB: invalid choice: 'serve' (choose from"),
+    (["generate"], "m3dist generate: error: the following arguments are required: --prompt"),
+    (["generate", "--prompt", ""], "argument --prompt: must not be empty"),
+    ([*GENERATE, "--temp", "1"], "unrecognized arguments: --temp 1"),
+    ([*GENERATE, "--model", ""], "argument --model: must not be empty"),
+    ([*GENERATE, "--temperature", "-0.1"], "argument --temperature: must be 0 or more, not -0.1"),
+    ([*GENERATE, "--temperature", "nan"], "argument --temperature: must be 0 or more, not nan"),
+    ([*GENERATE, "--temperature", "inf"], "argument --temperature: must be 0 or more, not inf"),
+    ([*GENERATE, "--temperature", "hot"], "argument --temperature: must be a number, not 'hot'"),
+    ([*GENERATE, "--top-p", "0"], "argument --top-p: must be more than 0 and at most 1, not 0"),
+    ([*GENERATE, "--top-p", "1.1"], "argument --top-p: must be more than 0 and at most 1, not 1.1"),
+    ([*GENERATE, "--top-k", "-1"], "argument --top-k: must be 0 or more, not -1"),
+    ([*GENERATE, "--top-k", "1.5"], "argument --top-k: must be a whole number, not '1.5'"),
+    ([*GENERATE, "--min-p", "2"], "argument --min-p: must be from 0 to 1, not 2"),
+    ([*GENERATE, "--max-tokens", "0"], "argument --max-tokens: must be 1 or more, not 0"),
+    ([*GENERATE, "--seed", "-1"], "argument --seed: must be from 0 to"),
+    ([*GENERATE, "--stop", ""], "argument --stop: must not be empty"),
+    ([*GENERATE, "--thinking", "maybe"], "argument --thinking: invalid choice: 'maybe'"),
+    ([*GENERATE, "--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
+    ([*GENERATE, "--experts", "rows"], "argument --experts: invalid choice: 'rows'"),
+    ([*GENERATE, "--prefill-chunk", "0"], "argument --prefill-chunk: must be 1 or more, not 0"),
+    ([*GENERATE, "-n", "0"], "argument -n/--ranks: must be from 1 to 16, not 0"),
+    ([*GENERATE, "-n", "17"], "argument -n/--ranks: must be from 1 to 16, not 17"),
+    ([*GENERATE, "--weights", "1,0"], "argument --weights: must be more than 0, not 0"),
+    ([*GENERATE, "--weights", "1,,2"], "argument --weights: must be a number, not ''"),
+    ([*GENERATE, "--weights", "1,2", "-n", "3"], "argument --weights: needs one number for each of the 3 ranks, not 2"),
+    ([*GENERATE, "--weights", ",".join("1" * 17)], "17 ranks; at most 16"),
+    (["plan", "--world", "2", "--machines", "1,2"], "argument --machines: not allowed with argument --world"),
+    (["plan", "--machines", "1,2", "--memory", "3"], "argument --memory: not allowed with argument --machines"),
+    (["plan", "--machines", "512,-1"], "argument --machines: must be more than 0, not -1"),
+    (["plan", "--machines", ",".join("9" * 17)], "argument --machines: must be at most 16 machines, not 17"),
+    (["plan", "--world", "0"], "argument --world: must be from 1 to 16, not 0"),
+    (["plan", "--memory", "0"], "argument --memory: must be more than 0, not 0"),
+    (["plan", "--context", "0"], "argument --context: must be 1 or more, not 0"),
+    (["plan", "--mode", "int4"], "argument --mode: invalid choice: 'int4'"),
+    (["plan", "--bits", "9"], "argument --bits: must be from 2 to 8, not 9"),
+]
+
+
+@pytest.mark.parametrize(("argv", "message"), REFUSED, ids=[" ".join(argv) for argv, _ in REFUSED])
+def test_a_bad_flag_is_named_before_anything_starts(called, capsys, argv, message):
+    assert run(*argv) == 2
+    assert message in capsys.readouterr().err
+    assert called == []
+
+
+LAUNCHED_REFUSED = [
+    (Launch("mlx.launch", "ring", 0, 2), ["-n", "3"], "argument -n/--ranks: mlx.launch started 2 ranks, not 3"),
+    (Launch("mpirun", "mpi", 0, 4), ["-n", "1"], "argument -n/--ranks: mpirun started 4 ranks, not 1"),
+    (Launch("mpirun", "mpi", 0, 2), ["--weights", "1,1,1"], "argument --weights: needs one number for each of the 2"),
+    (Launch("mpirun", "mpi", 0, 17), [], "mpirun started 17 ranks; at most 16"),
+    (Launch("mlx.launch", "ring", 0, 2), ["--prompt", "-"], "argument --prompt: - does not work under mlx.launch"),
+]
+
+
+@pytest.mark.parametrize(("launch", "flags", "message"), LAUNCHED_REFUSED)
+def test_flags_that_contradict_the_launcher(called, capsys, monkeypatch, launch, flags, message):
+    launched(monkeypatch, launch)
+    assert run(*GENERATE, *flags) == 2
+    assert message in capsys.readouterr().err
+    assert called == []
+
+
+def test_launcher_variables_that_are_wrong(called, capsys, monkeypatch):
+    monkeypatch.setenv("MLX_RANK", "abc")
+    assert run(*GENERATE) == 2
+    assert "m3dist generate: error: MLX_RANK is set but none of" in capsys.readouterr().err
+    assert called == []
+
+
+@pytest.mark.parametrize(("error", "status"), [(PlanError("too few"), 2), (CommunicationError("gone"), 75)])
+def test_our_own_errors_have_no_traceback(monkeypatch, capsys, error, status):
+    def fail(*args):
+        raise error
+
+    monkeypatch.setattr(sys.modules["m3dist.generate"], "main", staticmethod(fail))
+    assert run(*GENERATE) == status
+    assert capsys.readouterr().err == f"m3dist generate: error: {error}\n"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In a process of its own
+
+HEAVY = "set(sys.modules) & {'mlx', 'm3dist.generate', 'm3dist.plan_report', 'm3dist.text', 'jinja2', 'tokenizers'}"
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["--version"], ["generate", "--help"], ["plan", "--help"], ["nonsense"]])
+def test_no_verb_is_imported_before_it_is_called(argv):
+    program = f"import sys\nfrom m3dist.cli import main\ntry: main({argv})\nfinally: print({HEAVY}, file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stderr.endswith("set()\n")
+    assert done.returncode == (2 if argv == ["nonsense"] else 0)
+
+
+def test_python_m_m3dist():
+    done = subprocess.run([sys.executable, "-m", "m3dist", "--version"], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == f"m3dist {__version__}\n"
