@@ -76,8 +76,8 @@ def test_saved_by_transformers(reference, tmp_path):
 
 
 def test_text_model_saved_by_transformers(reference, tmp_path):
-    """transformers' text-only class saves the names it has in memory (`mlp.experts.gate_up_proj`, `indexer.q_proj`), not
-    the published ones: its model_type has no renaming."""
+    """transformers' text-only class saves the names it has in memory (`mlp.experts.gate_up_proj`, `indexer.q_proj`)
+    and not the published ones: its model_type has no renaming."""
     from transformers import MiniMaxM3VLForCausalLM
 
     config = all_sparse_config(num_hidden_layers=2)
