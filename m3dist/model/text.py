@@ -67,14 +67,17 @@ class TextModel(nn.Module):
         return self.norm(h)
 
     def embed(self, tokens: mx.array) -> mx.array:
-        """A token's row, from the rank that holds it: all others add zeros."""
-        rows = self.embed_tokens.weight.shape[0]
+        """A token's row, from the rank that holds it: all others add zeros.
+
+        The residual stream starts here in the dtype of the norms; some quantised formats give bfloat16 whatever that is.
+        """
+        dtype, rows = self.norm.weight.dtype, self.embed_tokens.weight.shape[0]
         if rows == self.vocab_size:
-            return self.embed_tokens(tokens)
+            return self.embed_tokens(tokens).astype(dtype)
         local = tokens.astype(mx.int32) - self.first_row
         mine = (local >= 0) & (local < rows)
         found = mx.where(mine[..., None], self.embed_tokens(mx.where(mine, local, 0)), 0)
-        return self.comm.all_sum(found)
+        return self.comm.all_sum(found.astype(dtype))
 
 
 class LanguageModel(nn.Module):
@@ -110,7 +113,7 @@ class Model(nn.Module):
         `cache` (from `make_cache`) holds what came before and takes these tokens in. Rows of unequal length are padded
         on the right, with `lengths` real tokens each; logits at padded places mean nothing.
         """
-        return self._whole_vocabulary(self.local_logits(self.hidden(tokens, cache, lengths)))
+        return self.whole_vocabulary(self.local_logits(self.hidden(tokens, cache, lengths)))
 
     def hidden(
         self, tokens: mx.array, cache: Sequence[LayerCache] | None = None, lengths: Sequence[int] | None = None
@@ -133,7 +136,8 @@ class Model(nn.Module):
         local, first = self.local_logits(hidden), self.language_model.model.first_row
         return gather_candidates(local, first, max(self._vocabulary), hidden, sampling, self.comm, sum(self._vocabulary))
 
-    def _whole_vocabulary(self, local: mx.array) -> mx.array:
+    def whole_vocabulary(self, local: mx.array) -> mx.array:
+        """Every rank's local logits [..., rows held], joined: [..., vocab_size]."""
         if len(self._vocabulary) == 1:
             return local
         widest = max(self._vocabulary)
@@ -172,7 +176,7 @@ class Model(nn.Module):
         wanted = {name: q for name, q in quantization.items() if q is not None}
 
         def predicate(path: str, module: nn.Module) -> bool | dict[str, Any]:
-            if path not in wanted:
+            if path not in wanted or not hasattr(module, "to_quantized"):  # a module quantised before has none
                 return False
             q = wanted[path]
             return {"group_size": q.group_size, "bits": q.bits, "mode": q.mode}

@@ -89,7 +89,7 @@ def test_loading_a_plan_is_sharding_the_whole_in_wide_worlds(world, cases):
 
 
 @pytest.mark.mpi
-def test_fifteen_query_heads_a_rank_or_none(cases):
+def test_more_ranks_than_query_heads_is_refused(cases):
     """More ranks than query heads cannot be: said when planning, by every rank, with an exit status."""
     with pytest.raises(AssertionError, match="not enough for 9 ranks"):
         run_world("logits", 9, backend="mpi", cases=cases[:1])
