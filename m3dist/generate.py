@@ -13,6 +13,7 @@ from typing import Any
 import mlx.core as mx
 
 from m3dist.checkpoint import resolve
+from m3dist.cluster.claim import claim_addresses
 from m3dist.cluster.environment import Launch
 from m3dist.comm import Comm, check_same, connect, failures, versions
 from m3dist.errors import CommunicationError, M3Error
@@ -23,8 +24,10 @@ from m3dist.sample import Sampling, choose, gather_candidates
 from m3dist.text import ReasoningSplitter, Text, TextStream
 from m3dist.watchdog import EXIT_PEER_LOST, Watchdog, end_process
 
-START_LIMIT = 60.0  # seconds until every rank has joined
-STEP_LIMIT = 120.0  # seconds for one prefill chunk or decode step; the first compiles kernels
+# Seconds a rank may go without finishing anything, before it ends itself: until every rank has joined; and for loading
+# one tensor, one prefill chunk or one decode step (the first of which compiles kernels).
+START_LIMIT = float(os.environ.get("M3DIST_START_LIMIT", 60))
+STEP_LIMIT = float(os.environ.get("M3DIST_STEP_LIMIT", 120))
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,7 @@ def main(options: GenerateOptions, launch: Launch) -> int:
 
 def _run(options: GenerateOptions, launch: Launch, watchdog: Watchdog) -> int:
     watchdog.progress("rendezvous", START_LIMIT)
+    claim_addresses(launch, os.environ.get("MLX_HOSTFILE"))
     comm, job = connect(launch.backend, launch.job)
     watchdog.who, watchdog.abort = f"rank {comm.rank} of {comm.world}", comm.abort
     check_same(comm, {"job": job, "model": options.model} | versions())
