@@ -232,6 +232,6 @@ def _download(model: str) -> Path:
         reason = "is no directory here and not on Hugging Face; if it is private, `hf auth login` first"
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
         reason = "is no directory here and not in the local cache, and Hugging Face cannot be reached"
-    except (errors.HfHubHTTPError, OSError, ValueError) as error:
+    except Exception as error:  # the hub library's own, its HTTP client's, the disk's
         reason = f"could not be fetched from Hugging Face: {error}"
     raise CheckpointError(f"{model} {reason}")
