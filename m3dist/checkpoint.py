@@ -64,7 +64,8 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     raw_config = read_config(directory)
     config = ModelConfig.from_dict(raw_config)
     index = _read_index(directory)
-    files = sorted(set(index.values())) if index else sorted(path.name for path in directory.glob("*.safetensors"))
+    # [!.]: macOS leaves ._model.safetensors beside files on foreign disks
+    files = sorted(set(index.values()) or {path.name for path in directory.glob("[!.]*.safetensors")})
     if not files:
         raise CheckpointError(f"{directory} holds no *.safetensors: the weights are not there")
     stored: dict[str, StoredTensor] = {}
@@ -127,7 +128,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     except OSError as error:
         raise CheckpointError(f"{path}: {error}") from None
     header = _parse_object(path, data)
-    if not isinstance(header.pop("__metadata__", {}), dict):
+    if not isinstance(header.pop("__metadata__", None), dict | None):  # mx.save_safetensors writes null
         raise CheckpointError(f"{path}: __metadata__ must be an object")
     start = 8 + length
     tensors = {name: _parse_entry(path, name, entry, start) for name, entry in header.items()}

@@ -185,6 +185,7 @@ def edit_index(directory, change) -> None:
 
 def test_with_an_index_without_one_and_in_one_file(tmp_path, sharded):
     one = checkpoints.published(tmp_path / "one", CONFIG, TEXT)
+    (one / "._model.safetensors").write_bytes(b"what macOS leaves on foreign disks")
     indexed = open_checkpoint(sharded)
     (sharded / INDEX).unlink()
     assert open_checkpoint(sharded).stored == indexed.stored
