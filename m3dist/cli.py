@@ -29,6 +29,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"m3dist {args.verb}: error: {error}", file=sys.stderr)
         # A lost peer is not this rank's fault: the launcher looks on for the rank that failed first.
         return EXIT_PEER_LOST if isinstance(error, CommunicationError) else 2
+    except ImportError as error:
+        if "libmlx" not in str(error):
+            raise
+        advice = "pip install 'm3dist[cpu]', or 'm3dist[cuda]' for an NVIDIA GPU"
+        print(f"m3dist: MLX has no backend here ({error}); {advice}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         return 130
 

@@ -188,6 +188,17 @@ def test_our_own_errors_have_no_traceback(monkeypatch, capsys, error, status):
     assert capsys.readouterr().err == f"m3dist generate: error: {error}\n"
 
 
+def test_mlx_without_a_backend(monkeypatch, capsys):
+    """On Linux `pip install m3dist` alone brings none."""
+
+    def fail(*args):
+        raise ImportError("libmlx.so: cannot open shared object file")
+
+    monkeypatch.setattr(sys.modules["m3dist.generate"], "main", staticmethod(fail))
+    assert run(*GENERATE) == 2
+    assert "MLX has no backend here" in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # In a process of its own
 
