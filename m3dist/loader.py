@@ -1,7 +1,7 @@
 """Carries out a plan: reads a rank's slices of a checkpoint, and nothing else, straight into MLX's memory.
 
-MLX allocates every tensor; a few threads fill it through a numpy view of the same memory with `pread`. No memory map:
-its pages would count as the process's own, and reading ahead would fetch what other ranks keep.
+MLX allocates every tensor; a few threads fill it through a numpy view of the same memory with `preadv`. No memory map:
+its pages would count as the process's own.
 """
 
 import math
@@ -154,11 +154,9 @@ class _Files:
         """Fill a contiguous array from byte `offset` of a tensor's file."""
         left = memoryview(into).cast("B")
         try:
-            with self.lock:
-                if tensor.file not in self.opened:
-                    self.opened[tensor.file] = os.open(tensor.file, os.O_RDONLY)
+            descriptor = self._descriptor(tensor.file)
             while left:
-                count = os.preadv(self.opened[tensor.file], [left], offset)
+                count = os.preadv(descriptor, [left], offset)
                 if not count:
                     raise CheckpointError(
                         f"{tensor.file}: {tensor.name}: the file now ends at byte {offset}, where it was longer when it"
@@ -167,6 +165,14 @@ class _Files:
                 left, offset = left[count:], offset + count
         except OSError as error:
             raise CheckpointError(f"{tensor.file}: {tensor.name}: {error}") from None
+
+    def _descriptor(self, file: Path) -> int:
+        with self.lock:
+            if file not in self.opened:
+                self.opened[file] = os.open(file, os.O_RDONLY)
+                if hasattr(os, "posix_fadvise"):  # reading ahead would fetch the rows of other ranks
+                    os.posix_fadvise(self.opened[file], 0, 0, os.POSIX_FADV_RANDOM)
+            return self.opened[file]
 
 
 def _fill(read: Read, target: np.ndarray, dtype: str, files: _Files) -> None:
