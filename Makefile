@@ -16,7 +16,7 @@ PYTHON  ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10;
 .PHONY: run test lint dev clean
 
 run: $(VENV)/.installed-$(BACKEND)
-	$(BIN)/m3dist generate --model tiny --dtype float32 -n $(RANKS) --temperature 0 --prompt "$(PROMPT)"
+	$(BIN)/m3dist generate --model tiny -n $(RANKS) --temperature 0 --prompt "$(PROMPT)"
 
 test: lint
 	$(BIN)/python -m pytest

@@ -1,7 +1,7 @@
 """K, V and index K of sequences, always in lockstep; rows may differ in length.
 
-Row r of a batch holds `lengths[r]` tokens in slots 0..lengths[r]-1. Slots are absolute positions, because MiniMax-M3's
-sparse attention anchors its blocks to them: nothing is ever shifted or padded on the left. Slots past a row's length hold
+Row r of a batch holds `lengths[r]` tokens in slots 0..lengths[r]-1. Slots are absolute positions, because sparse
+attention anchors its blocks to them: nothing is ever shifted or padded on the left. Slots past a row's length hold
 leftovers of padding, which no query may see: attention masks every slot beyond the query's own position.
 
 The class also answers what mlx-lm asks of a cache (`state`, `trim`, and for its batches `merge`, `prepare`, `finalize`,
@@ -128,9 +128,7 @@ class LayerCache:
         capacity = max(self.capacity, other.capacity)
         self.keys, self.values, self.index_keys = (
             None if a is None else mx.concatenate([_to_capacity(a, capacity), _to_capacity(b, capacity)])
-            for a, b in zip(
-                (self.keys, self.values, self.index_keys), (other.keys, other.values, other.index_keys)
-            )
+            for a, b in zip((self.keys, self.values, self.index_keys), (other.keys, other.values, other.index_keys))
         )
         self.lengths = self.lengths + other.lengths
 

@@ -5,6 +5,7 @@ by all ranks, in the same order, with the same shapes: the ring does not check, 
 """
 
 import ctypes.util
+import faulthandler
 import hashlib
 import json
 import os
@@ -58,8 +59,10 @@ class Comm:
         mx.eval(self.all_sum(mx.ones(1, dtype=mx.uint32)))
 
 
-def connect(backend: str | None, job: str | None = None) -> tuple[Comm, str]:
+def connect(backend: str | None, job: str | None = None, limit: float = 60.0) -> tuple[Comm, str]:
     """Join the world the launcher set up over `backend` (None: a world of one). Returns it and the job's id.
+
+    A rank that is still alone after `limit` seconds ends its process.
 
     The backend is always named: with "any", variables left over from another job can pick the wrong one. Under MPI the
     ranks agree on the job id through mpi4py. Raises CommunicationError, naming the backend, where it cannot start.
@@ -70,7 +73,7 @@ def connect(backend: str | None, job: str | None = None) -> tuple[Comm, str]:
         # mlx's default name exists only where Open MPI's development files are installed.
         os.environ.setdefault("MLX_MPI_LIBNAME", ctypes.util.find_library("mpi") or "libmpi.so")
     try:
-        group = mx.distributed.init(strict=True, backend=backend)
+        group = wait_for_every_rank_to_join(backend, limit)
     except (RuntimeError, ValueError) as error:
         raise CommunicationError(f"backend {backend} did not start: {error}") from None
     if backend != "mpi":
@@ -78,6 +81,24 @@ def connect(backend: str | None, job: str | None = None) -> tuple[Comm, str]:
     mpi = _running_mpi()
     job = mpi.COMM_WORLD.bcast(job or os.urandom(8).hex(), root=0)
     return Comm(group, abort=mpi.COMM_WORLD.Abort), job
+
+
+def wait_for_every_rank_to_join(backend: str, limit: float) -> mx.distributed.Group:
+    """mx.distributed.init, which waits for ever, within `limit` seconds.
+
+    It holds Python's lock meanwhile, so no thread of ours could end it: faulthandler's does, with status 1, and its
+    message is a traceback whose last line is this function's name.
+    """
+    faulthandler.dump_traceback_later(limit, exit=True)
+    try:
+        return mx.distributed.init(strict=True, backend=backend)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+def whole_world() -> Comm:
+    """The world that mx.distributed finds by itself, for programs that mlx.launch or mpirun started."""
+    return Comm(mx.distributed.init())
 
 
 def _running_mpi() -> Any:

@@ -65,7 +65,9 @@ class ModelConfig:
         _check_supported(config, text, reader)
         layers = reader.integer("num_hidden_layers")
         heads, head_dim = reader.integer("num_attention_heads"), reader.integer("head_dim")
-        sparse = _layer_flags(reader, "sparse_attention_freq", "layer_types", "minimax_m3_sparse", layers, default=False)
+        sparse = _layer_flags(
+            reader, "sparse_attention_freq", "layer_types", "minimax_m3_sparse", layers, default=False
+        )
         any_sparse = any(sparse)
         built = cls(
             model_type=str(config.get("model_type") or text.get("model_type") or ""),
@@ -181,7 +183,9 @@ def _layer_flags(
     if values is None:
         return (default,) * layers
     if not isinstance(values, list) or len(values) != layers:
-        raise ConfigError(f"config.json: {published} (or {resaved}) must list {layers} entries, one a layer: {values!r}")
+        raise ConfigError(
+            f"config.json: {published} (or {resaved}) must list {layers} entries, one a layer: {values!r}"
+        )
     return tuple(bool(v) for v in values)
 
 
@@ -229,8 +233,14 @@ def _check_supported(config: Mapping[str, Any], text: Mapping[str, Any], reader:
 def _check_consistent(c: ModelConfig) -> None:
     """Relations between fields that the forward relies on."""
     problems = [
-        (c.num_attention_heads % c.num_key_value_heads != 0, "num_attention_heads is not a multiple of num_key_value_heads"),
-        (c.rotary_dim % 2 != 0 or c.rotary_dim > c.head_dim, f"rotary_dim {c.rotary_dim} must be even and at most head_dim"),
+        (
+            c.num_attention_heads % c.num_key_value_heads != 0,
+            "num_attention_heads is not a multiple of num_key_value_heads",
+        ),
+        (
+            c.rotary_dim % 2 != 0 or c.rotary_dim > c.head_dim,
+            f"rotary_dim {c.rotary_dim} must be even and at most head_dim",
+        ),
         (c.num_experts_per_tok > c.num_local_experts, "num_experts_per_tok is above num_local_experts"),
     ]
     if any(c.sparse_attention_freq):

@@ -15,12 +15,12 @@ import mlx.core as mx
 from m3dist.checkpoint import resolve
 from m3dist.cluster.claim import claim_addresses
 from m3dist.cluster.environment import Launch
-from m3dist.comm import Comm, check_same, connect, failures, versions
+from m3dist.comm import check_same, connect, failures, versions
 from m3dist.errors import CommunicationError, M3Error
 from m3dist.loader import load
 from m3dist.model import Model
 from m3dist.options import GenerateOptions
-from m3dist.sample import Sampling, choose, gather_candidates
+from m3dist.sample import Sampling, choose
 from m3dist.text import ReasoningSplitter, Text, TextStream
 from m3dist.watchdog import EXIT_PEER_LOST, Watchdog, end_process
 
@@ -86,7 +86,9 @@ def generate_tokens(
         token, stop, agree = current.tolist()
         progress(f"decode step {number + 1}")
         if not agree:
-            raise CommunicationError(f"the ranks' hidden states differ at step {number}: their results cannot be trusted")
+            raise CommunicationError(
+                f"the ranks' hidden states differ at step {number}: their results cannot be trusted"
+            )
         if stop or token in request.stop_ids:
             return
         if not stopping:
@@ -101,7 +103,7 @@ def dtype_of_device() -> str:
 
 
 def main(options: GenerateOptions, launch: Launch) -> int:
-    """Be one rank of the job, or all of it. Errors end this process at once: a rank that lingers holds up the others."""
+    """Be one rank of the job, or all of it. An error ends this process at once: else it would hold up the others."""
     watchdog = Watchdog(f"rank {launch.rank}")
     try:
         return _run(options, launch, watchdog)
@@ -122,7 +124,7 @@ def main(options: GenerateOptions, launch: Launch) -> int:
 def _run(options: GenerateOptions, launch: Launch, watchdog: Watchdog) -> int:
     watchdog.progress("rendezvous", START_LIMIT)
     claim_addresses(launch, os.environ.get("MLX_HOSTFILE"))
-    comm, job = connect(launch.backend, launch.job)
+    comm, job = connect(launch.backend, launch.job, START_LIMIT)
     watchdog.who, watchdog.abort = f"rank {comm.rank} of {comm.world}", comm.abort
     check_same(comm, {"job": job, "model": options.model} | versions())
     directory = resolve(options.model)
@@ -149,7 +151,7 @@ def _run(options: GenerateOptions, launch: Launch, watchdog: Watchdog) -> int:
     def computing(phase: str) -> None:
         watchdog.progress(phase, STEP_LIMIT)
 
-    for token in generate_tokens(model, request, answer.add if answer else bool, computing):
+    for _ in generate_tokens(model, request, answer.add if answer else bool, computing):
         first = first or time.perf_counter()
         count += 1
     ended = time.perf_counter()
@@ -196,7 +198,9 @@ class Answer:
         if not ids:
             raise M3Error("the prompt has no tokens; give --prompt some text")
         if max(ids) >= vocab_size:
-            raise M3Error(f"the tokenizer gave id {max(ids)}, but the model has {vocab_size}: they do not belong together")
+            raise M3Error(
+                f"the tokenizer gave id {max(ids)}, but the model has {vocab_size}: they do not belong together"
+            )
         seed = options.seed if options.seed is not None else int.from_bytes(os.urandom(4), "little")
         sampling = Sampling(options.temperature, options.top_p, options.top_k, options.min_p)
         return Request(ids, options.max_tokens, seed, options.prefill_chunk, sorted(self.text.stop_ids), sampling)

@@ -1,6 +1,6 @@
 """How MiniMax-M3 is cut over ranks: the table RULES is the whole truth. The only file that divides by the world size.
 
-A *unit* is what may not be split: a query head, a KV head, one quantisation group of an MLP's columns, a vocabulary row,
+A *unit* is what may not be split: a query head, a KV head, a quantisation group of an MLP's columns, a vocabulary row,
 an expert. A *cut* is the rule for a tensor: which axis is shared out, in which unit. A *slice* is what a rank holds.
 A rank's units are one consecutive range, so a share is a handful of numbers; ranges need not be equal, any world works.
 """
@@ -98,7 +98,7 @@ class Share:
     spans: Mapping[str, Span]
 
     def slice(self, name: str, spec: TensorSpec, cut: Cut) -> Slice:
-        """What this rank holds of a tensor. Raises PlanError, naming it, where a unit is not a whole number of elements."""
+        """What this rank holds of a tensor. Raises PlanError, naming it, where units are not whole numbers of elements."""
         if cut.axis is None:
             return Slice(None)
         extent, pieces = spec.shape[cut.axis], cut.parts * self.counts[cut.unit]

@@ -1,4 +1,4 @@
-"""`m3dist plan`: what each machine would hold and read, on paper. No MLX, no weights, no network for published shapes."""
+"""`m3dist plan`: what each machine would hold and read, on paper. No MLX, no weights; published shapes: no network."""
 
 import argparse
 import json
@@ -70,11 +70,13 @@ def inventory_of(model: str, mode: str | None, bits: int | None, group_size: int
         return converted(ModelConfig.from_dict(read_config(directory)), wanted), f"{directory}, from its config.json"
     name = model.rpartition("/")[2]
     if match := re.fullmatch(r"(MiniMax-M3)-(?:(\d)bit|(mxfp4|mxfp8|nvfp4))", name):
-        name, wanted = match[1], wanted or quantization_of(match[3], match[2] and int(match[2]), None)
+        name, wanted = match[1], wanted or quantization_of(match[3], int(match[2]) if match[2] else None, None)
     path = PUBLISHED / f"{name}.json"
     if not path.is_file() or name == "README":
         known = ", ".join(f"MiniMaxAI/{p.stem}" for p in sorted(PUBLISHED.glob("*.json")))
-        raise PlanError(f"{model} is neither a directory nor a published checkpoint known here ({known}, or one of these with --bits N or --mode)")
+        raise PlanError(
+            f"{model} is neither a directory nor a published checkpoint known here ({known}, each also with --bits or --mode)"
+        )
     config = ModelConfig.from_dict(json.loads(path.read_text()))
     if wanted is None and config.quantization:
         return published_mxfp8(config), f"{model}, published MXFP8"
@@ -135,7 +137,9 @@ def rank_report(plan: Plan, rank: int, memory: float | None, context: int | None
         room = int((memory - RESERVE_GIB) * GIB) - held
         longest = max(0, min(room // cache, c.max_position_embeddings))
         if room < 0:
-            problem = f"its weights are {_gib(held)}, {_gib(-room)} more than {memory:g} GB less {RESERVE_GIB:g} reserved"
+            problem = (
+                f"its weights are {_gib(held)}, {_gib(-room)} more than {memory:g} GB less {RESERVE_GIB:g} reserved"
+            )
         elif context and longest < context:
             problem = f"{context} tokens need {_gib(context * cache)} of cache, {_gib(context * cache - room)} too much"
     return RankReport(
@@ -154,7 +158,9 @@ def rank_report(plan: Plan, rank: int, memory: float | None, context: int | None
     )
 
 
-def as_json(plan: Plan, source: str, ranks: list[RankReport], context: int | None, problems: list[str]) -> dict[str, Any]:
+def as_json(
+    plan: Plan, source: str, ranks: list[RankReport], context: int | None, problems: list[str]
+) -> dict[str, Any]:
     return {
         "model": source,
         "world": plan.world,
@@ -174,7 +180,17 @@ def as_text(
     whole = sum(spec.nbytes for spec in plan.specs.values())
     c = plan.inventory.config
     experts = "experts" if plan.experts == "whole" else "expert columns"
-    head = ["rank", "heads", "KV heads", experts, "vocabulary rows", "held", "read/token", "cache/token", "longest context"]
+    head = [
+        "rank",
+        "heads",
+        "KV heads",
+        experts,
+        "vocabulary rows",
+        "held",
+        "read/token",
+        "cache/token",
+        "longest context",
+    ]
     rows = [
         [
             str(r.rank),
@@ -189,7 +205,9 @@ def as_text(
         ]
         for r in ranks
     ]
-    lines = [f"{source}: {whole / 1e9:.1f} GB ({_gib(whole)}) over {plan.world} ranks", ""] + table([head, *rows]) + [""]
+    lines = (
+        [f"{source}: {whole / 1e9:.1f} GB ({_gib(whole)}) over {plan.world} ranks", ""] + table([head, *rows]) + [""]
+    )
     if context is None:
         most = max(r.bytes_held + c.max_position_embeddings * r.cache_bytes_per_token for r in ranks)
         lines.append(
@@ -201,8 +219,8 @@ def as_text(
     else:
         lines.append(f"Fits, with up to {context} tokens of context{f' ({wanted} asked for)' if wanted else ''}.")
     lines.append(
-        f"Read/token is weights at batch 1. Memory as sold, less {RESERVE_GIB:g} GiB a machine for macOS and activations;"
-        " a Mac's GPU may use that much only after sudo sysctl iogpu.wired_limit_mb=..."
+        f"Read/token is weights at batch 1. Memory as sold, less {RESERVE_GIB:g} GiB a machine for macOS and "
+        "activations; a Mac's GPU may use that much only after sudo sysctl iogpu.wired_limit_mb=..."
     )
     return "\n".join(lines)
 
@@ -215,5 +233,3 @@ def table(rows: list[list[str]]) -> list[str]:
 
 def _gib(count: float) -> str:
     return f"{count / GIB:.1f} GiB"
-
-

@@ -1,7 +1,7 @@
 """The tensors of a MiniMax-M3 as m3dist holds them: one name, shape and format each, whatever the file said.
 
 Names are the published ones but for what is stored packed: the experts of a layer are one `switch_mlp` tensor with a
-leading expert axis, and gate and up are one `gate_up_proj` (gate rows, then up rows), which is one matmul instead of two.
+leading expert axis, and gate and up are one `gate_up_proj` (gate rows, then up rows): one matmul instead of two.
 A *module* is a name without its last part; a quantised module holds `.weight`, `.scales` and perhaps `.biases`.
 """
 
@@ -155,7 +155,9 @@ def infer_quantization(module: Module, stored: Mapping[str, tuple[tuple[int, ...
     if weight_dtype != "U32":
         raise CheckpointError(f"{name} has scales beside it but dtype {weight_dtype}; quantised weights are U32")
     if weight[-1] * 32 % columns or not scales[-1] or columns % scales[-1]:
-        raise CheckpointError(f"{name} {list(weight)} with scales {list(scales)} does not hold rows of {columns} values")
+        raise CheckpointError(
+            f"{name} {list(weight)} with scales {list(scales)} does not hold rows of {columns} values"
+        )
     bits, group = weight[-1] * 32 // columns, columns // scales[-1]
     if "biases" in stored:
         if bits not in (2, 3, 4, 5, 6, 8) or group not in (32, 64, 128):

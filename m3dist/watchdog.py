@@ -1,7 +1,7 @@
 """Ends a rank that waits for ever. No MLX.
 
-A collective whose peer stalls never returns and cannot be interrupted from Python, so a thread watches the clock and ends
-the process. Progress is what the rank's own work reports (a collective done, a tensor loaded), never a heartbeat.
+A collective whose peer stalls never returns and cannot be interrupted from Python, so a thread watches the clock and
+ends the process. Progress is what the rank's own work reports (a collective done, a tensor loaded), never a heartbeat.
 """
 
 import os

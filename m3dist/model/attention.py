@@ -117,9 +117,7 @@ class Attention(nn.Module):
         slots = -(-positions.end // c.sparse_block_size) * c.sparse_block_size
         grouped = q.reshape(rows, len(self._groups), -1, tokens, dim)
         index_k = cache.index_keys[:, :, :slots]
-        out = attend_sparse(
-            grouped, cache.keys, cache.values, index_q, index_k, positions.array(), c, c.head_dim**-0.5
-        )
+        out = attend_sparse(grouped, cache.keys, cache.values, index_q, index_k, positions.array(), c, c.head_dim**-0.5)
         return out.reshape(rows, -1, tokens, dim)
 
 

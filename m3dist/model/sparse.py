@@ -14,9 +14,9 @@ SCRATCH_BYTES = 64 << 20
 def select_blocks(index_q: mx.array, index_k: mx.array, positions: mx.array, c: ModelConfig) -> mx.array:
     """The `sparse_topk_blocks` best blocks of every query: uint32 [rows, heads, queries, topk], in no order.
 
-    index_q [rows, heads, queries, index_dim]; index_k [rows, 1, slots, index_dim] with slots a multiple of the block and
-    more than topk blocks; positions [rows, queries]. Scores are float32 sums. A block with no key at or before the query
-    may be among them where fewer exist: the caller's causal mask drops it.
+    index_q [rows, heads, queries, index_dim]; index_k [rows, 1, slots, index_dim], slots a multiple of the block and
+    more than topk blocks; positions [rows, queries]. Scores are float32 sums. A block with no key at or before the
+    query may be among them where fewer exist: the caller's causal mask drops it.
     """
     rows, heads, queries, _ = index_q.shape
     scores = index_q.astype(mx.float32) @ index_k.astype(mx.float32).swapaxes(-1, -2)
@@ -36,8 +36,8 @@ def attend_blocks(
 ) -> mx.array:
     """Softmax attention of every query over its own blocks: reads those keys and values, no others.
 
-    q [rows, kv_heads, group, queries, head_dim]; keys, values [rows, kv_heads, slots, head_dim], slots a multiple of the
-    block; blocks [rows, kv_heads, queries, topk]; positions [rows, queries]. Returns q's shape and dtype.
+    q [rows, kv_heads, group, queries, head_dim]; keys, values [rows, kv_heads, slots, head_dim], slots a multiple of
+    the block; blocks [rows, kv_heads, queries, topk]; positions [rows, queries]. Returns q's shape and dtype.
     """
     rows, heads, group, queries, dim = q.shape
     per_head = keys.shape[2] // block_size

@@ -1,7 +1,7 @@
 """MiniMax-M3's text model: embedding, layers, head. Built whole; `shard` or the loader make it one rank's part.
 
-The module tree spells the published tensor names. The forward never asks for the world size: it computes with the arrays
-it holds and shows its sums, two a layer and one for the embedding.
+The module tree spells the published tensor names. The forward never asks for the world size: it computes with the
+arrays it holds and shows its sums, two a layer and one for the embedding.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,7 +13,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from m3dist import layout
 from m3dist.cache import LayerCache
-from m3dist.comm import Comm
+from m3dist.comm import Comm, whole_world
 from m3dist.config import ModelConfig
 from m3dist.errors import CheckpointError
 from m3dist.model.attention import Attention, Positions
@@ -69,7 +69,7 @@ class TextModel(nn.Module):
     def embed(self, tokens: mx.array) -> mx.array:
         """A token's row, from the rank that holds it: all others add zeros.
 
-        The residual stream starts here in the dtype of the norms; some quantised formats give bfloat16 whatever that is.
+        The residual stream starts here, in the dtype of the norms; some quantised formats give bfloat16 in any case.
         """
         dtype, rows = self.norm.weight.dtype, self.embed_tokens.weight.shape[0]
         if rows == self.vocab_size:
@@ -93,7 +93,7 @@ class LanguageModel(nn.Module):
 
 
 class Model(nn.Module):
-    """MiniMax-M3. `args` as ModelArgs.from_dict gives it; weights through `sanitize` and `load_weights`, or the loader."""
+    """MiniMax-M3. `args` is what ModelArgs.from_dict gives; weights come by `sanitize`, `load_weights`, or the loader."""
 
     def __init__(self, args: ModelConfig):
         super().__init__()
@@ -134,7 +134,9 @@ class Model(nn.Module):
     def candidates(self, hidden: mx.array, sampling: Sampling) -> Candidates:
         """The likeliest next tokens over all ranks, after the hidden state [hidden_size] of one position."""
         local, first = self.local_logits(hidden), self.language_model.model.first_row
-        return gather_candidates(local, first, max(self._vocabulary), hidden, sampling, self.comm, sum(self._vocabulary))
+        return gather_candidates(
+            local, first, max(self._vocabulary), hidden, sampling, self.comm, sum(self._vocabulary)
+        )
 
     def whole_vocabulary(self, local: mx.array) -> mx.array:
         """Every rank's local logits [..., rows held], joined: [..., vocab_size]."""
@@ -221,7 +223,7 @@ class Model(nn.Module):
 
         `group` None is mx.distributed's own world; `weights` one number a rank for unequal ranks.
         """
-        comm = group if isinstance(group, Comm) else Comm(group or mx.distributed.init())
+        comm = whole_world() if group is None else group if isinstance(group, Comm) else Comm(group)
         plan = make_plan(self.inventory(), weights or comm.world, experts)
         slices = plan.slices(comm.rank)
         held = [(name, take(x, slices[name])) for name, x in self.held_arrays()]

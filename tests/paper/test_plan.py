@@ -22,13 +22,18 @@ def test_bytes_of_the_published_checkpoints():
     assert total(mxfp8) == 442_007_940_096
 
 
-@pytest.mark.parametrize(("bits", "group", "gigabytes"), [(8, 64, 452.8), (6, 64, 346.3), (5, 64, 293.0), (4, 64, 239.7), (4, 32, 266.4), (3, 64, 186.5)])
+@pytest.mark.parametrize(
+    ("bits", "group", "gigabytes"),
+    [(8, 64, 452.8), (6, 64, 346.3), (5, 64, 293.0), (4, 64, 239.7), (4, 32, 266.4), (3, 64, 186.5)],
+)
 def test_bytes_of_mlx_conversions(bits, group, gigabytes):
     inventory, _ = inventory_of("MiniMaxAI/MiniMax-M3", "affine", bits, group)
     assert round(total(inventory) / 1e9, 1) == gigabytes
 
 
-@pytest.mark.parametrize(("world", "held", "read"), [(1, 411.7, 26.83), (2, 205.9, 13.53), (4, 103.1, 6.88), (8, 51.7, 3.62)])
+@pytest.mark.parametrize(
+    ("world", "held", "read"), [(1, 411.7, 26.83), (2, 205.9, 13.53), (4, 103.1, 6.88), (8, 51.7, 3.62)]
+)
 def test_bytes_of_a_rank(world, held, read):
     """As in the document, but that at 8 it does not count KV projections twice where two ranks hold them."""
     plan = make_plan(inventory_of("MiniMaxAI/MiniMax-M3-MXFP8", None, None, None)[0], world)
@@ -64,7 +69,9 @@ def test_what_does_not_fit_is_said(capsys):
     code, out = run(capsys, "--model", "MiniMaxAI/MiniMax-M3", "--machines", "512,256")
     assert code == 1
     assert "Does not fit: rank 1: its weights are" in out and "more than 256 GB less 10 reserved" in out
-    code, out = run(capsys, "--model", "MiniMaxAI/MiniMax-M3-4bit", "--world", "3", "--memory", "96", "--context", "400000")
+    code, out = run(
+        capsys, "--model", "MiniMaxAI/MiniMax-M3-4bit", "--world", "3", "--memory", "96", "--context", "400000"
+    )
     assert code == 1 and "400000 tokens need" in out
 
 

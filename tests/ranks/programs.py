@@ -18,7 +18,7 @@ from m3dist.sample import Sampling
 
 
 def logits(comm: Comm, cases: list[dict[str, Any]]) -> list[dict[str, np.ndarray]]:
-    """For each case (directory, tokens, sizes, load options): logits fed in pieces, and the last hidden state's bits."""
+    """For each case (directory, tokens, sizes, options): logits fed in pieces, and the last hidden state's bits."""
     found = []
     for case in cases:
         model = load(Path(case["directory"]), comm, dtype="float32", **case.get("options", {}))
@@ -59,6 +59,37 @@ def tokens(comm: Comm, directory: str, prompt: list[int], max_tokens: int, sampl
     model = load(Path(directory), comm, **options)
     request = Request(prompt, max_tokens, 7, 32, [], Sampling(**sampling))
     return list(generate_tokens(model, request))
+
+
+def answers(comm: Comm, directory: str, prompts: list[list[int]], stop: int, max_tokens: int) -> list[list[int]]:
+    """Greedy answers without the stop token, many prompts of unequal length at a time."""
+    model, found = load(Path(directory), comm, dtype="float32"), {}
+    for rows in batches([len(prompt) for prompt in prompts], tokens=6000):
+        lengths = [len(prompts[i]) for i in rows]
+        padded = mx.array([prompts[i] + [0] * (max(lengths) - len(prompts[i])) for i in rows])
+        cache, replies = model.make_cache(), [[] for _ in rows]
+        hidden = model.hidden(padded, cache=cache, lengths=lengths)
+        last = hidden[mx.arange(len(rows)), mx.array(lengths) - 1]
+        for _ in range(max_tokens):
+            chosen = model.whole_vocabulary(model.local_logits(last)).argmax(-1)
+            for reply, token in zip(replies, chosen.tolist(), strict=True):
+                reply.append(token)
+            if all(stop in reply for reply in replies):
+                break
+            last = model.hidden(chosen[:, None], cache=cache)[:, 0]
+        for i, reply in zip(rows, replies, strict=True):
+            found[i] = reply[: reply.index(stop)] if stop in reply else reply
+    return [found[i] for i in range(len(prompts))]
+
+
+def batches(lengths: list[int], tokens: int) -> list[list[int]]:
+    """Indices in batches of at most so many padded tokens, alike lengths together."""
+    found: list[list[int]] = [[]]
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if found[-1] and (len(found[-1]) + 1) * lengths[i] > tokens:
+            found.append([])
+        found[-1].append(i)
+    return found
 
 
 def objects(comm: Comm) -> list[Any]:

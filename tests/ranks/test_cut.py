@@ -1,9 +1,8 @@
 """The cut, between real processes: every world computes what one rank computes, in every layout and format."""
 
+import checkpoints
 import numpy as np
 import pytest
-
-import checkpoints
 from world import run_world
 
 # 4 times the block budget (24 tokens) and more; odd pieces, then single tokens
@@ -47,7 +46,9 @@ def assert_equal_to_one_rank(results, alone, cases):
             error = np.abs(result[number]["logits"] - one["logits"]).max() / np.abs(one["logits"]).max()
             assert error < 1e-4, f"{case['directory']} on rank {rank}: relative error {error}"
             # Every rank routes and stops by its own copy of the residual stream: the copies must be the same bits.
-            assert np.array_equal(result[number]["hidden"].view(np.uint32), results[0][number]["hidden"].view(np.uint32))
+            assert np.array_equal(
+                result[number]["hidden"].view(np.uint32), results[0][number]["hidden"].view(np.uint32)
+            )
 
 
 @pytest.mark.parametrize("world", [2, 3])

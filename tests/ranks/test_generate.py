@@ -1,0 +1,266 @@
+"""`m3dist generate` as people start it: on its own, under mlx.launch, under mpirun; and when something goes wrong."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from world import MPIRUN
+
+from m3dist.tiny import DEMO_ANSWER, DEMO_PROMPT, PATH
+from m3dist.watchdog import EXIT_PEER_LOST, EXIT_STALLED
+
+M3DIST = [sys.executable, "-m", "m3dist"]
+MLX_LAUNCH = [str(Path(sys.executable).with_name("mlx.launch")), "--backend", "ring"]
+GREEDY = ["--temperature", "0", "--prompt", DEMO_PROMPT]
+
+
+def run(command: list[str], deadline: float = 100, **environ: str) -> subprocess.CompletedProcess[str]:
+    """The finished process; whatever it started is gone before this returns."""
+    process = start(command, **environ)
+    try:
+        out, err = process.communicate(timeout=deadline)
+    finally:
+        end(process)
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+def start(command: list[str], **environ: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command,
+        env=os.environ | environ,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    for child in family(process):
+        child.kill()
+    process.wait()
+
+
+def family(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    try:
+        parent = psutil.Process(process.pid)
+        return [parent, *parent.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def ranks_of(process: subprocess.Popen[str], world: int) -> list[psutil.Process]:
+    """The rank processes of a local launch, in rank order, once all are computing."""
+    give_up = time.monotonic() + 60
+    while time.monotonic() < give_up:
+        found = [p for p in family(process)[1:] if "MLX_RANK" in environ_of(p)]
+        if len(found) == world:
+            return sorted(found, key=lambda p: int(environ_of(p)["MLX_RANK"]))
+        time.sleep(0.05)
+    raise AssertionError(f"{world} ranks did not start")
+
+
+def environ_of(process: psutil.Process) -> dict[str, str]:
+    try:
+        return process.environ()
+    except psutil.Error:
+        return {}
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 5, 8])
+def test_the_same_text_in_every_world(world):
+    done = run([*M3DIST, "generate", "--model", "tiny", "-n", str(world), *GREEDY])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.rstrip("\n").endswith(DEMO_ANSWER)
+    for rank in range(world):
+        assert re.search(rf"rank {rank}: weights [\d.]+ MiB, .* loaded in [\d.]+ s", done.stderr)
+    assert re.search(r"first token after [\d.]+ s, \d+ tokens at [\d.]+ tokens/s", done.stderr)
+
+
+def test_under_mlx_launch_without_a_flag_to_change():
+    done = run([*MLX_LAUNCH, "-n", "2", "--starting-port", "41100", "--", *M3DIST, "generate", *GREEDY])
+    assert DEMO_ANSWER in done.stdout and done.stdout.count(DEMO_ANSWER) == 1  # rank 0 alone prints
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("world", [2, 4])
+def test_under_mpirun_without_a_flag_to_change(world):
+    done = run([*MPIRUN.split(), "-n", str(world), *M3DIST, "generate", *GREEDY])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(DEMO_ANSWER) == 1
+
+
+def test_json_says_everything():
+    done = run([*M3DIST, "generate", "-n", "2", "--json", *GREEDY])
+    said = json.loads(done.stdout)
+    assert said["text"] == DEMO_ANSWER and said["finish_reason"] == "stop" and said["world"] == 2
+    assert [r["rank"] for r in said["ranks"]] == [0, 1]
+    assert all(r["weights_bytes"] > 1e6 and r["load_seconds"] > 0 for r in said["ranks"])
+
+
+def test_one_seed_one_text():
+    texts = set()
+    for world, seed in ((1, 5), (2, 5), (2, 5), (1, 6), (1, 7), (1, 8)):
+        flags = ["--seed", str(seed), "--temperature", "4", "--top-k", "0", "--top-p", "1", "--max-tokens", "20"]
+        done = run([*M3DIST, "generate", "-n", str(world), "--json", "--prompt", "Hello!", *flags])
+        texts.add((seed, json.loads(done.stdout)["text"]))
+    assert len(texts) == 4  # one for each seed, whatever the world
+
+
+def test_a_stop_string_is_not_shown():
+    word = DEMO_ANSWER.split()[2]
+    done = run([*M3DIST, "generate", "-n", "2", "--json", "--stop", word[1:], *GREEDY])
+    said = json.loads(done.stdout)
+    assert said["text"] == DEMO_ANSWER[: DEMO_ANSWER.index(word[1:])] and said["finish_reason"] == "stop"
+
+
+def test_max_tokens_is_the_reason_to_end():
+    said = json.loads(run([*M3DIST, "generate", "-n", "2", "--json", "--max-tokens", "2", *GREEDY]).stdout)
+    assert said["completion_tokens"] == 2 and said["finish_reason"] == "length"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# When something goes wrong
+
+
+@pytest.fixture
+def damaged(tmp_path) -> Path:
+    """A copy of the tiny checkpoint with its last tensors cut off."""
+    copy = Path(shutil.copytree(PATH, tmp_path / "damaged"))
+    file = copy / "model.safetensors"
+    os.truncate(file, file.stat().st_size - 1000)
+    return copy
+
+
+@pytest.mark.parametrize("launcher", ["m3dist", "mlx.launch", pytest.param("mpirun", marks=pytest.mark.mpi)])
+def test_a_damaged_checkpoint_ends_every_rank(damaged, launcher):
+    generate = [*M3DIST, "generate", "--model", str(damaged), "--prompt", "Hello!"]
+    command = {
+        "m3dist": [*generate, "-n", "2"],
+        "mlx.launch": [*MLX_LAUNCH, "-n", "2", "--starting-port", "41200", "--", *generate],
+        "mpirun": [*MPIRUN.split(), "-n", "2", *generate],
+    }[launcher]
+    done = run(command, deadline=60)
+    assert "model.safetensors: 1000 bytes are missing at the end" in done.stdout + done.stderr
+    if launcher != "mlx.launch":  # which says 0 whatever happened
+        assert done.returncode != 0
+
+
+def test_a_rank_that_finds_another_checkpoint(tmp_path, damaged):
+    """One rank's disk holds other weights: all ranks end, and the one at fault is named."""
+    hosts, addresses = tmp_path / "hosts.json", ["127.0.0.1:41310", "127.0.0.1:41311"]
+    hosts.write_text(json.dumps([[a] for a in addresses]))
+    here = tmp_path / "here"
+    ranks = []
+    for rank, source in enumerate((PATH, damaged)):
+        home = tmp_path / f"home{rank}"
+        shutil.copytree(source, home / "model")
+        command = [*M3DIST, "generate", "--model", "model", "--prompt", "Hello!"]
+        environ = os.environ | {"MLX_HOSTFILE": str(hosts), "MLX_RANK": str(rank)}
+        pipe = subprocess.PIPE
+        ranks.append(subprocess.Popen(command, env=environ, cwd=home, stdout=pipe, stderr=pipe, text=True))
+    said = [rank.communicate(timeout=60)[1] for rank in ranks]
+    assert not here.exists() and all(rank.returncode not in (0, None) for rank in ranks)
+    assert "rank 1 failed: CheckpointError" in said[0] and "1000 bytes are missing" in said[1]
+
+
+def long_answer(world: int, **environ: str) -> subprocess.Popen[str]:
+    """A generation that would go on for minutes."""
+    flags = [
+        "--raw",
+        "--temperature",
+        "3",
+        "--top-k",
+        "0",
+        "--top-p",
+        "1",
+        "--max-tokens",
+        "100000",
+        "--prompt",
+        "Hello",
+    ]
+    return start([*M3DIST, "generate", "-n", str(world), *flags], **environ)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_rank_ends_the_job(victim):
+    process = long_answer(3)
+    try:
+        ranks = ranks_of(process, 3)
+        time.sleep(4)
+        ranks[victim].kill()
+        began = time.monotonic()
+        _, err = process.communicate(timeout=30)
+        assert time.monotonic() - began < 10
+        assert process.returncode == 128 + signal.SIGKILL and f"rank {victim} was killed by SIGKILL" in err
+        assert not any(rank.is_running() for rank in ranks)
+    finally:
+        end(process)
+
+
+def test_a_stalled_rank_ends_the_job():
+    process = long_answer(2, M3DIST_STEP_LIMIT="5")
+    try:
+        ranks = ranks_of(process, 2)
+        time.sleep(4)
+        ranks[1].suspend()
+        began = time.monotonic()
+        _, err = process.communicate(timeout=40)
+        assert time.monotonic() - began < 20
+        assert process.returncode == EXIT_STALLED and re.search(
+            r"rank 0 of 2: nothing finished for 5 s in decode step", err
+        )
+        assert not any(rank.is_running() for rank in ranks)
+    finally:
+        end(process)
+
+
+def test_a_rank_that_never_comes_is_not_waited_for(tmp_path):
+    hosts = tmp_path / "hosts.json"
+    hosts.write_text(json.dumps([["127.0.0.1:41320"], ["127.0.0.1:41321"]]))
+    environ = {"MLX_HOSTFILE": str(hosts), "MLX_RANK": "0", "M3DIST_START_LIMIT": "3"}
+    done = run([*M3DIST, "generate", "--prompt", "Hello!"], deadline=30, **environ)
+    assert done.returncode == 1 and "wait_for_every_rank_to_join" in done.stderr
+
+
+def test_two_jobs_on_the_same_ports_never_mix():
+    """Both launchers begin at the same port: a job runs alone and right, or is refused with the reason."""
+    prompts = {"What is 2 + 3?": "5", "What is 9 + 4?": "13"}
+    for _ in range(2):
+        jobs = {
+            prompt: start([*MLX_LAUNCH, "-n", "2", "--starting-port", "41400", "--", *M3DIST, "generate",
+                           "--temperature", "0", "--prompt", prompt], M3DIST_START_LIMIT="20")
+            for prompt in prompts
+        }  # fmt: skip
+        for prompt, job in jobs.items():
+            try:
+                out, err = job.communicate(timeout=90)
+            finally:
+                end(job)
+            refused = "another job on this machine uses the ring address 127.0.0.1:414" in out + err
+            assert refused or prompts[prompt] in out, out + err
+
+
+def test_ranks_of_two_jobs_know_each_other_as_strangers(tmp_path):
+    """Cross-connected on purpose: rank 0 of one job and rank 1 of another."""
+    hosts = tmp_path / "hosts.json"
+    hosts.write_text(json.dumps([["127.0.0.1:41330"], ["127.0.0.1:41331"]]))
+    ranks = [
+        start([*M3DIST, "generate", "--prompt", "Hello!"], MLX_HOSTFILE=str(hosts), MLX_RANK=str(rank), M3DIST_JOB=job)
+        for rank, job in enumerate(("one", "other"))
+    ]
+    for rank in ranks:
+        try:
+            _, err = rank.communicate(timeout=60)
+        finally:
+            end(rank)
+        assert rank.returncode == EXIT_PEER_LOST and "the ranks differ in job (rank 0: one, rank 1: other)" in err
