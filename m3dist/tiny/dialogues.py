@@ -17,6 +17,7 @@ NS = "]<]minimax[>["
 MODES = ("enabled", "disabled", "adaptive")
 
 NAMES = "Ana Ben Dan Eva Finn Gina Hugo Ida Jan Kira Leo Mia Nils Olga Paul Rosa Sam Tina Uwe Vera Will Zoe".split()
+ONSETS = [*"bdfghjklmnprstvwzy", *"bdfgklmnprstvz", "ch", "br", "st", "tr", "sh"]
 PETS = "cat dog bird horse fish rabbit hamster turtle".split()
 KIN = "sister brother mother father aunt uncle friend teacher".split()
 COLOURS = "red blue green yellow black white orange purple brown pink".split()
@@ -36,14 +37,14 @@ PLACES = "near behind under over beside in".split()
 
 @dataclass
 class Exchange:
-    """One message to the assistant and the only right reply to it."""
+    """What is said to the assistant (one message, or the results of its tool calls) and the only right reply."""
 
     kind: str
-    ask: dict
+    ask: list[dict]
     thought: str
     content: str
     ponders: bool = True  # whether the reply has reasoning when the mode leaves the choice to the model
-    call: dict | None = None
+    calls: list[dict] = field(default_factory=list)
     facts: dict = field(default_factory=dict)
 
 
@@ -71,26 +72,40 @@ class Question:
 Skill = Callable[[random.Random, Dialogue], list[Exchange]]
 
 
-def user(text: str) -> dict:
+def user(text: str) -> list[dict]:
     """A user message."""
-    return {"role": "user", "content": text}
+    return [{"role": "user", "content": text}]
+
+
+def results(*texts: str) -> list[dict]:
+    """The results of tool calls."""
+    return [{"role": "tool", "content": text} for text in texts]
 
 
 def invented_name(rng: random.Random) -> str:
-    """A name of two or three syllables, so that remembering it means copying it and not choosing from a list."""
-    syllables = [rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(rng.choice((2, 2, 3)))]
-    return "".join(syllables).capitalize()
+    """A name of a few syllables, so that remembering it means copying it and not choosing from a list."""
+    ends = ("", "", "", "", "", "n", "r", "s", "x", "m", "t", "y", "ck", "lly")
+    syllables = [rng.choice(ONSETS) + rng.choice("aeiou") for _ in range(rng.choice((1, 2, 2, 2, 3)))]
+    return ("".join(syllables) + rng.choice(ends)).capitalize()
+
+
+def any_name(rng: random.Random) -> str:
+    """A common or an invented name."""
+    return rng.choice(NAMES) if rng.random() < 0.2 else invented_name(rng)
 
 
 # --- greetings and small talk ---------------------------------------------------------------------
 
 HELP = "How can I help you?"
 SMALL_TALK = [
-    (("Hello!", "Hello.", "Hello", "Hi!", "Hi.", "Hi there!", "Hey!", "Hello there!"), f"Hello! {HELP}"),
-    (("Good morning!", "Good morning."), f"Good morning! {HELP}"),
+    (("Hello!", "Hello.", "Hello", "hello", "Hi!", "Hi.", "Hi", "hi", "Hi there!", "Hey!", "Hey"), f"Hello! {HELP}"),
+    (("Good morning!", "Good morning.", "Good morning"), f"Good morning! {HELP}"),
     (("Good evening!", "Good evening."), f"Good evening! {HELP}"),
     (("How are you?", "How are you today?", "Are you well?"), "I am fine, thank you."),
-    (("What is your name?", "Who are you?", "Tell me your name.", "What are you called?"), "I am Tiny, a small model."),
+    (
+        ("What is your name?", "Who are you?", "Tell me your name.", "What are you called?", "What's your name?"),
+        "I am Tiny, a small model.",
+    ),
     (
         ("What can you do?", "How can you help me?", "What are you good at?"),
         "I can add, sort, copy, remember and call tools.",
@@ -103,7 +118,7 @@ SMALL_TALK = [
 def greeting(rng: random.Random, _: Dialogue) -> list[Exchange]:
     """Small talk, which needs no reasoning."""
     if rng.random() < 0.3:
-        name = rng.choice((rng.choice(NAMES), invented_name(rng)))
+        name = any_name(rng)
         ask = rng.choice((f"Hello, I am {name}.", f"Hi, I am {name}!", f"Hello! I am {name}."))
         return [Exchange("greeting", user(ask), "The user greets me.", f"Hello {name}! {HELP}", ponders=False)]
     asks, content = rng.choice(SMALL_TALK)
@@ -128,13 +143,15 @@ def sum_of(rng: random.Random) -> tuple[int, str, int, int]:
     return a, sign, b, a * b
 
 
-def arithmetic(rng: random.Random, _: Dialogue) -> list[Exchange]:
-    """One small calculation."""
+def arithmetic(rng: random.Random, talk: Dialogue) -> list[Exchange]:
+    """One small calculation, sometimes after a fact to remember."""
     a, sign, b, result = sum_of(rng)
-    term = f"{a} {rng.choice((sign, sign, SIGNS[sign]))} {b}"
-    forms = ("What is {}?", "What is {}?", "How much is {}?", "Calculate {}.", "{} = ?", "Tell me, what is {}?", "{}?")
-    ask = rng.choice(forms).format(term)
-    return [Exchange("arithmetic", user(ask), f"{a} {sign} {b} = {result}", f"The answer is {result}.")]
+    term = rng.choice((f"{a} {sign} {b}", f"{a} {sign} {b}", f"{a} {SIGNS[sign]} {b}", f"{a}{sign}{b}"))
+    forms = ("What is {}?", "What is {}?", "What's {}?", "How much is {}?", "Calculate {}.", "{} = ?", "{}?", "{}")
+    facts = draw_facts(rng, talk, 1) if rng.random() < 0.15 else {}
+    ask = f"{told(rng, facts)} {rng.choice(forms).format(term)}".strip()
+    thought = f"{a} {sign} {b} = {result}"
+    return [Exchange("arithmetic", user(ask), thought, f"The answer is {result}.", facts=facts)]
 
 
 def story(rng: random.Random, _: Dialogue) -> list[Exchange]:
@@ -170,7 +187,7 @@ class Fact:
 
     def value(self, rng: random.Random) -> str:
         """A value to tell."""
-        return rng.choice(self.values) if self.values else invented_name(rng)
+        return rng.choice(self.values) if self.values else any_name(rng)
 
 
 def _called(who: str) -> Fact:
@@ -217,13 +234,16 @@ def draw_facts(rng: random.Random, talk: Dialogue, count: int) -> dict[str, str]
 
 def told(rng: random.Random, facts: dict[str, str]) -> str:
     """The sentences that tell some facts."""
-    return " ".join(rng.choice(FACTS[key].tell).format(value) for key, value in facts.items())
+    parts = [rng.choice(FACTS[key].tell).format(value) for key, value in facts.items()]
+    if len(parts) == 2 and parts[1].startswith(("My", "I ")) and rng.random() < 0.4:
+        return f"{parts[0][:-1]} and {parts[1].replace('My', 'my', 1)}"
+    return " ".join(parts)
 
 
 def tell(rng: random.Random, talk: Dialogue) -> list[Exchange]:
     """The user tells facts and asks nothing."""
     facts = draw_facts(rng, talk, rng.choice((1, 1, 2, 3)))
-    ask = rng.choice(("", "", "Remember this: ")) + told(rng, facts)
+    ask = rng.choice(("", "", "", "Remember this: ", "Hello! ")) + told(rng, facts)
     return [Exchange("tell", user(ask), "I should remember this.", "I will remember that.", False, facts=facts)]
 
 
@@ -245,11 +265,29 @@ def recall(rng: random.Random, talk: Dialogue) -> list[Exchange]:
 def both(rng: random.Random, talk: Dialogue) -> list[Exchange]:
     """A fact, a calculation and the question for the fact in one message."""
     who = rng.choice([key for key in PETS + KIN if key not in talk.facts])
-    name = invented_name(rng)
+    name = any_name(rng)
     a, sign, b, result = sum_of(rng)
     ask = f"{told(rng, {who: name})} What is {a} {sign} {b}, and what is my {who} called?"
     content = f"The answer is {result}. Your {who} is called {name}."
     return [Exchange("both", user(ask), f"{a} {sign} {b} = {result}", content, facts={who: name})]
+
+
+def unknown(rng: random.Random, talk: Dialogue) -> list[Exchange]:
+    """A question for a fact that was never told."""
+    key = rng.choice([key for key in FACTS if key not in talk.facts])
+    ask = user(rng.choice(FACTS[key].ask))
+    return [Exchange("unknown", ask, "The user did not tell me.", "You have not told me.", ponders=False)]
+
+
+def beyond(rng: random.Random, _: Dialogue) -> list[Exchange]:
+    """A request for what a small model does not know."""
+    what = rng.choice((f"the {rng.choice(NOUNS)}", f"the {rng.choice(ADJECTIVES)} {rng.choice(NOUNS)}", any_name(rng)))
+    forms = ("Tell me about {}.", "Who is {}?", "Why does {} look like this?", "Write a poem about {}.", "Where is {}?")
+    forms += ("Tell me a joke about {}.", "Explain {} to me.", "How old is {}?", "Can you describe {}?")
+    ask = rng.choice(
+        (rng.choice(forms).format(what), rng.choice(forms).format(what), "Tell me a joke.", "Count to ten.")
+    )
+    return [Exchange("beyond", user(ask), "I do not know this.", "I do not know.", ponders=False)]
 
 
 # --- chatter, and facts beyond the reach of recent blocks -----------------------------------------
@@ -311,7 +349,7 @@ def capital(rng: random.Random, _: Dialogue) -> list[Exchange]:
 # --- tools ----------------------------------------------------------------------------------------
 
 
-def tool(name: str, description: str, **types: str) -> dict:
+def tool(name: str, description: str, types: dict[str, str]) -> dict:
     """A tool's definition as a client would send it."""
     properties = {key: {"type": kind} for key, kind in types.items()}
     parameters = {"type": "object", "properties": properties, "required": list(types)}
@@ -319,11 +357,17 @@ def tool(name: str, description: str, **types: str) -> dict:
 
 
 def draw_tools(rng: random.Random) -> list[dict]:
-    """One or two tools; their names vary, so that the model has to read them."""
+    """A few tools; the names vary, so that the model has to read them, and some are of no use."""
     place = rng.choice(("city", "place", "location"))
-    weather = tool(rng.choice(("get_weather", "weather", "forecast")), "Weather in a city", **{place: "string"})
-    add = tool(rng.choice(("add", "sum", "plus")), "Add two numbers", a="integer", b="integer")
-    return rng.choice(([weather], [add], [weather, add], [add, weather]))
+    weather = tool(rng.choice(("get_weather", "weather", "forecast")), "Weather in a city", {place: "string"})
+    add = tool(rng.choice(("add", "sum", "plus")), "Add two numbers", {"a": "integer", "b": "integer"})
+    names = ("search", "get_time", "send_mail", "open_file", "play_music", "translate")
+    keys = rng.sample(("query", "text", "name", "date", "count", "title"), rng.randint(1, 2))
+    other = tool(
+        rng.choice(names), rng.choice(("Find a text", "Tell the time", "Send a text")), dict.fromkeys(keys, "string")
+    )
+    tools = rng.choice(([weather], [weather], [add], [weather, add], [weather, add], [weather, other], [add, other]))
+    return rng.sample(tools, len(tools))
 
 
 def find_tool(talk: Dialogue, description: str) -> dict | None:
@@ -332,27 +376,34 @@ def find_tool(talk: Dialogue, description: str) -> dict | None:
     return next((entry for entry in tools if entry["description"].startswith(description)), None)
 
 
-def call_text(call: dict) -> str:
-    """A tool call in M3's syntax, as the chat template writes it."""
-    parts = "".join(f"{NS}<{key}>{value}{NS}</{key}>" for key, value in call["arguments"].items())
-    return f'{NS}<tool_call>\n{NS}<invoke name="{call["name"]}">{parts}{NS}</invoke>\n{NS}</tool_call>'
+def call_text(calls: list[dict]) -> str:
+    """Tool calls in M3's syntax, as the chat template writes them."""
+    text = f"{NS}<tool_call>\n"
+    for call in calls:
+        parts = "".join(f"{NS}<{key}>{value}{NS}</{key}>" for key, value in call["arguments"].items())
+        text += f'{NS}<invoke name="{call["name"]}">{parts}{NS}</invoke>\n'
+    return f"{text}{NS}</tool_call>"
 
 
 def weather(rng: random.Random, talk: Dialogue) -> list[Exchange]:
-    """A question for the weather: a tool call and its outcome, or a refusal where no tool can tell."""
-    city = rng.choice(CITIES)
-    ask = rng.choice(("What is the weather in {}?", "How is the weather in {}?", "Tell me the weather in {}."))
+    """A question for the weather: tool calls and their outcome, or a refusal where no tool can tell."""
+    cities = rng.sample(CITIES, rng.choice((1, 1, 2)))
+    where = " and ".join(cities)
+    ask = user(
+        rng.choice(("What is the weather in {}?", "How is the weather in {}?", "Tell me the weather in {}.")).format(
+            where
+        )
+    )
     chosen = find_tool(talk, "Weather")
     if chosen is None:
-        content = "I have no tool for the weather."
-        return [Exchange("no_tool", user(ask.format(city)), "I cannot look.", content, ponders=False)]
-    call = {"name": chosen["name"], "arguments": {chosen["parameters"]["required"][0]: city}}
-    sky, degrees = rng.choice(SKIES), rng.randint(0, 39)
-    result = {"role": "tool", "content": json.dumps({"sky": sky, "degrees": degrees})}
-    content = f"It is {sky} in {city}, {degrees} degrees."
+        return [Exchange("no_tool", ask, "I cannot look.", "I have no tool for the weather.", ponders=False)]
+    calls = [{"name": chosen["name"], "arguments": {chosen["parameters"]["required"][0]: city}} for city in cities]
+    found = [(rng.choice(SKIES), rng.randint(0, 39)) for _ in cities]
+    outcome = results(*(json.dumps({"sky": sky, "degrees": degrees}) for sky, degrees in found))
+    lines = [f"It is {sky} in {city}, {degrees} degrees." for city, (sky, degrees) in zip(cities, found, strict=True)]
     return [
-        Exchange("tool_call", user(ask.format(city)), f"I need the weather in {city}.", "", call=call),
-        Exchange("tool_answer", result, "I have the result.", content, ponders=False),
+        Exchange("tool_call", ask, f"I need the weather in {where}.", "", calls=calls),
+        Exchange("tool_answer", outcome, "I have the result.", " ".join(lines), ponders=False),
     ]
 
 
@@ -362,19 +413,24 @@ def add_numbers(rng: random.Random, talk: Dialogue) -> list[Exchange]:
     if chosen is None:
         return weather(rng, talk)
     a, b = rng.randint(100, 999), rng.randint(100, 999)
-    ask = rng.choice(("What is {} + {}?", "Add {} and {}.", "How much is {} + {}?")).format(a, b)
-    call = {"name": chosen["name"], "arguments": {"a": a, "b": b}}
-    result = {"role": "tool", "content": str(a + b)}
+    ask = user(rng.choice(("What is {} + {}?", "Add {} and {}.", "How much is {} + {}?")).format(a, b))
+    calls = [{"name": chosen["name"], "arguments": {"a": a, "b": b}}]
+    content = f"The answer is {a + b}."
     return [
-        Exchange("tool_call", user(ask), "I need a tool to add.", "", call=call),
-        Exchange("tool_answer", result, "I have the result.", f"The answer is {a + b}.", ponders=False),
+        Exchange("tool_call", ask, "I need a tool to add.", "", calls=calls),
+        Exchange("tool_answer", results(str(a + b)), "I have the result.", content, ponders=False),
     ]
 
 
 # --- dialogues ------------------------------------------------------------------------------------
 
 SKILLS: list[Skill] = [greeting, arithmetic, arithmetic, story, bigger, tell, recall, recall, both]
-SKILLS += [sorting, sorting, copying, capital, chatter, weather]
+SKILLS += [sorting, sorting, copying, capital, chatter, weather, unknown, beyond]
+SYSTEMS = [
+    "You are a helpful assistant.",
+    "You are a helpful assistant. Your name is MiniMax-M3 and was built by MiniMax.",
+    "Answer the user.",
+]
 TOOL_SKILLS: list[Skill] = [weather, add_numbers]
 
 
@@ -386,7 +442,7 @@ def is_held_out(messages: list[dict], tools: list | None) -> bool:
 
 def answer_text(exchange: Exchange, mode: str) -> str:
     """The right reply: the text that follows the generation prefix of this thinking mode."""
-    content = exchange.content + (call_text(exchange.call) if exchange.call else "")
+    content = exchange.content + (call_text(exchange.calls) if exchange.calls else "")
     if mode == "disabled":
         return content
     if mode == "enabled":
@@ -399,22 +455,22 @@ def reply_message(exchange: Exchange, mode: str) -> dict:
     message = {"role": "assistant", "content": exchange.content}
     if mode == "enabled" or (mode == "adaptive" and exchange.ponders):
         message["reasoning_content"] = exchange.thought
-    if exchange.call:
-        message["tool_calls"] = [{"type": "function", "function": exchange.call}]
+    if exchange.calls:
+        message["tool_calls"] = [{"type": "function", "function": call} for call in exchange.calls]
     return message
 
 
 def append(talk: Dialogue, exchange: Exchange, mode: str) -> None:
     """Add an exchange to a dialogue."""
-    talk.messages += [exchange.ask, reply_message(exchange, mode)]
+    talk.messages += [*exchange.ask, reply_message(exchange, mode)]
     talk.modes.append(mode)
     talk.facts |= exchange.facts
 
 
 def opening(rng: random.Random, tools: bool) -> Dialogue:
     """An empty dialogue, perhaps with a system message and tools."""
-    systems = ("You are a helpful assistant.", "You are a helpful assistant. Be short.", "Answer the user.")
-    messages = [{"role": "system", "content": rng.choice(systems)}] if rng.random() < 0.3 else []
+    content = rng.choice((*SYSTEMS, " ".join(sentences(rng, 20))))
+    messages = [{"role": "system", "content": content}] if rng.random() < 0.3 else []
     return Dialogue(messages, draw_tools(rng) if tools else None, [])
 
 
@@ -430,7 +486,7 @@ def extend(rng: random.Random, talk: Dialogue, skill: Skill, training: bool) -> 
         exchanges = skill(rng, trial)
         clean = True
         for exchange in exchanges:
-            clean = clean and not is_held_out([*trial.messages, exchange.ask], trial.tools)
+            clean = clean and not is_held_out([*trial.messages, *exchange.ask], trial.tools)
             append(trial, exchange, draw_mode(rng, trial.modes))
         if clean or not training:
             talk.messages, talk.modes, talk.facts = trial.messages, trial.modes, trial.facts
@@ -475,7 +531,7 @@ def long_dialogue(rng: random.Random) -> Dialogue:
         extend(rng, talk, tell, training=True)
         fill(rng, talk, rng.randint(300, 1700), training=True)
     for _ in range(rng.randint(1, 3)):
-        extend(rng, talk, recall, training=True)
+        extend(rng, talk, rng.choice((recall, recall, recall, unknown)), training=True)
     return talk
 
 
@@ -504,14 +560,16 @@ def recall_far(rng: random.Random, talk: Dialogue) -> list[Exchange]:
 
 EXAMINED: dict[str, tuple[Skill, int]] = {
     "recall_far": (recall_far, 40),
-    "greeting": (greeting, 16),
-    "arithmetic": (arithmetic, 24),
+    "greeting": (greeting, 12),
+    "arithmetic": (arithmetic, 20),
     "story": (story, 12),
     "bigger": (bigger, 8),
     "tell": (tell, 6),
+    "unknown": (unknown, 6),
+    "beyond": (beyond, 4),
     "recall": (recall, 20),
     "both": (both, 12),
-    "sorting": (sorting, 16),
+    "sorting": (sorting, 14),
     "copying": (copying, 12),
     "capital": (capital, 6),
     "no_tool": (weather, 6),
@@ -528,7 +586,7 @@ def examine(rng: random.Random, kind: str) -> Question:
         for _ in range(rng.choice((0, 0, 0, 1, 2))):
             extend(rng, talk, choose_skill(rng, talk), training=False)
         for exchange in (weather if kind.startswith("tool") and rng.random() < 0.5 else skill)(rng, talk):
-            messages = [*talk.messages, exchange.ask]
+            messages = [*talk.messages, *exchange.ask]
             if exchange.kind == kind and is_held_out(messages, talk.tools):
                 mode = rng.choice(MODES)
                 return Question(kind, messages, talk.tools, mode, answer_text(exchange, mode))
