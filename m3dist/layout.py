@@ -98,7 +98,7 @@ class Share:
     spans: Mapping[str, Span]
 
     def slice(self, name: str, spec: TensorSpec, cut: Cut) -> Slice:
-        """What this rank holds of a tensor. Raises PlanError, naming it, where a unit is no whole number of elements."""
+        """What this rank holds of a tensor. Raises PlanError, naming it, where units are not whole elements."""
         if cut.axis is None:
             return Slice(None)
         extent, pieces = spec.shape[cut.axis], cut.parts * self.counts[cut.unit]

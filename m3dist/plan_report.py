@@ -75,7 +75,7 @@ def inventory_of(model: str, mode: str | None, bits: int | None, group_size: int
     if not path.is_file() or name == "README":
         known = ", ".join(f"MiniMaxAI/{p.stem}" for p in sorted(PUBLISHED.glob("*.json")))
         raise PlanError(
-            f"{model} is neither a directory nor a published checkpoint known here ({known}, each also with --bits or --mode)"
+            f"{model} is neither a directory nor a published checkpoint here ({known}, each also with --bits or --mode)"
         )
     config = ModelConfig.from_dict(json.loads(path.read_text()))
     if wanted is None and config.quantization:

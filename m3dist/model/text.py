@@ -93,7 +93,7 @@ class LanguageModel(nn.Module):
 
 
 class Model(nn.Module):
-    """MiniMax-M3. `args` is what ModelArgs.from_dict gives; weights come by `sanitize`, `load_weights`, or the loader."""
+    """MiniMax-M3. `args`: what ModelArgs.from_dict gives. Weights: `sanitize` and `load_weights`, or m3dist.loader."""
 
     def __init__(self, args: ModelConfig):
         super().__init__()
