@@ -65,9 +65,9 @@ class SwitchMLP(nn.Module):
         """x [tokens, hidden], experts [tokens, k] -> [tokens, k, hidden]."""
         tokens, k = experts.shape
         if tokens * k < SORT_FROM:
-            return self._pairs(x[:, None, None], experts, is_sorted=False).squeeze(-2)
+            return self._pairs(x.reshape(tokens, 1, 1, -1), experts, is_sorted=False).squeeze(-2)
         order = mx.argsort(experts.reshape(-1))
-        out = self._pairs(x[order // k, None], experts.reshape(-1)[order], is_sorted=True)
+        out = self._pairs(_rows(x, order // k), experts.reshape(-1)[order], is_sorted=True)
         return out.squeeze(-2)[mx.argsort(order)].reshape(tokens, k, -1)
 
     def _pairs(self, x: mx.array, experts: mx.array, is_sorted: bool) -> mx.array:
@@ -91,8 +91,17 @@ class SwitchMLP(nn.Module):
         out = mx.zeros((tokens * k, x.shape[-1]), dtype=x.dtype)
         if order.size:
             chosen = local.reshape(-1)[order].astype(mx.uint32)
-            out[order] = self._pairs(x[order // k, None], chosen, is_sorted=True).squeeze(-2)
+            out[order] = self._pairs(_rows(x, order // k), chosen, is_sorted=True).squeeze(-2)
         return out.reshape(tokens, k, -1)
+
+
+def _rows(x: mx.array, index: mx.array) -> mx.array:
+    """Rows of x [tokens, hidden] as [len(index), 1, hidden], with the axis there before the gather.
+
+    x[index, None] is the same numbers, but its new axis has stride 1, which MLX's grouped product on CUDA (0.32.4) takes
+    for the distance between rows: wrong results, no error.
+    """
+    return x.reshape(-1, 1, x.shape[-1])[index]
 
 
 class SparseMoeBlock(nn.Module):
