@@ -9,7 +9,8 @@ import faulthandler
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
@@ -67,6 +68,8 @@ def connect(backend: str | None, job: str | None = None, limit: float = 60.0) ->
     The backend is always named: with "any", variables left over from another job can pick the wrong one. Under MPI the
     ranks agree on the job id through mpi4py. Raises CommunicationError, naming the backend, where it cannot start.
     """
+    # The router and the index scores are float32 products; in TF32 they would choose other experts and blocks.
+    os.environ.setdefault("MLX_ENABLE_TF32", "0")
     if backend is None:
         return Comm(), job or "single"
     if backend == "mpi":
@@ -147,12 +150,18 @@ def agreement(hidden: mx.array) -> mx.array:
     return (words * odd).sum(keepdims=True)
 
 
-def failures(comm: Comm, error: BaseException | None) -> None:
-    """After a step each rank does alone (planning, loading): if it failed on any rank, fail on all.
+@contextmanager
+def all_ranks(comm: Comm) -> Iterator[None]:
+    """A step that each rank takes alone (planning, loading): where it fails on one rank, it fails on all.
 
     Raises the rank's own error, or CommunicationError with the first failing rank's message.
     """
-    messages: Sequence[str | None] = comm.gather_objects(None if error is None else f"{type(error).__name__}: {error}")
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as caught:  # whatever it is, the others must not wait for this rank
+        error = caught
+    messages = comm.gather_objects(None if error is None else f"{type(error).__name__}: {error}")
     if error is not None:
         raise error
     for rank, message in enumerate(messages):

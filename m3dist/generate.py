@@ -1,13 +1,15 @@
 """`m3dist generate`: one prompt, one answer. Every rank runs this; rank 0 reads, tokenises, decides and prints."""
 
 import json
+import math
 import os
 import resource
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -15,12 +17,14 @@ import mlx.core as mx
 from m3dist.checkpoint import resolve
 from m3dist.cluster.claim import claim_addresses
 from m3dist.cluster.environment import Launch
-from m3dist.comm import check_same, connect, failures, versions
+from m3dist.comm import Comm, all_ranks, check_same, connect, versions
+from m3dist.engine import Request, generate_tokens
 from m3dist.errors import CommunicationError, M3Error
 from m3dist.loader import load
 from m3dist.model import Model
 from m3dist.options import GenerateOptions
-from m3dist.sample import Sampling, choose
+from m3dist.progress import LoadingBar, Progress
+from m3dist.sample import Sampling
 from m3dist.text import ReasoningSplitter, Text, TextStream
 from m3dist.watchdog import EXIT_PEER_LOST, Watchdog, end_process
 
@@ -28,73 +32,7 @@ from m3dist.watchdog import EXIT_PEER_LOST, Watchdog, end_process
 # one tensor, one prefill chunk or one decode step (the first of which compiles kernels).
 START_LIMIT = float(os.environ.get("M3DIST_START_LIMIT", 60))
 STEP_LIMIT = float(os.environ.get("M3DIST_STEP_LIMIT", 120))
-
-
-@dataclass(frozen=True)
-class Request:
-    """What rank 0 asks all ranks to compute; plain values, sent as JSON."""
-
-    prompt: list[int]
-    max_tokens: int
-    seed: int
-    prefill_chunk: int
-    stop_ids: list[int]
-    sampling: Sampling = field(default_factory=Sampling)
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> "Request":
-        return cls(**values | {"sampling": Sampling(**values["sampling"])})
-
-
-def generate_tokens(
-    model: Model,
-    request: Request,
-    finished: Callable[[int], bool] = lambda token: False,
-    progress: Callable[[str], None] = lambda phase: None,
-) -> Iterator[int]:
-    """The answer's tokens, the same on every rank, without the stop token.
-
-    Rank 0 samples; its token reaches the others inside the graph. The next step is started before this one's token is
-    on the host. `finished` is asked on rank 0 alone, with each token; its yes travels with the step after next, so that
-    all ranks stop at the same step. Raises CommunicationError where the ranks' hidden states are no longer equal.
-    """
-    comm, cache = model.comm, model.make_cache()
-    key = mx.random.key(request.seed)
-    stopping = False
-
-    def step(tokens: mx.array) -> mx.array:
-        """tokens [n] -> uint32 [token, rank 0 says stop, ranks agree]."""
-        nonlocal key
-        hidden = model.hidden(tokens[None], cache=cache)[0, -1]
-        candidates = model.candidates(hidden, request.sampling)
-        key, now = mx.random.split(key)
-        said = mx.concatenate([choose(candidates, request.sampling, now), mx.array([stopping], dtype=mx.uint32)])
-        packet = mx.concatenate([comm.from_rank_0(said), candidates.agree[None].astype(mx.uint32)])
-        mx.async_eval(packet)
-        return packet
-
-    prompt = mx.array(request.prompt, dtype=mx.uint32)
-    while prompt.size > request.prefill_chunk:
-        progress(f"prefill of {len(request.prompt)} tokens, at {len(request.prompt) - prompt.size}")
-        model.hidden(prompt[None, : request.prefill_chunk], cache=cache)
-        mx.eval([layer.state for layer in cache])
-        prompt = prompt[request.prefill_chunk :]
-    progress(f"prefill of {len(request.prompt)} tokens, at {len(request.prompt) - prompt.size}")
-    current = step(prompt)
-    for number in range(request.max_tokens):
-        following = step(current[:1]) if number + 1 < request.max_tokens else None
-        token, stop, agree = current.tolist()
-        progress(f"decode step {number + 1}")
-        if not agree:
-            raise CommunicationError(
-                f"the ranks' hidden states differ at step {number}: their results cannot be trusted"
-            )
-        if stop or token in request.stop_ids:
-            return
-        if not stopping:
-            yield token
-            stopping = comm.rank == 0 and finished(token)
-        current = following
+WAIT_LIMIT = 1800.0  # for ranks that load from a slower disk
 
 
 def dtype_of_device() -> str:
@@ -127,52 +65,70 @@ def _run(options: GenerateOptions, launch: Launch, watchdog: Watchdog) -> int:
     comm, job = connect(launch.backend, launch.job, START_LIMIT)
     watchdog.who, watchdog.abort = f"rank {comm.rank} of {comm.world}", comm.abort
     check_same(comm, {"job": job, "model": options.model} | versions())
-    directory = resolve(options.model)
 
-    def loading(name: str) -> None:
-        watchdog.progress(f"load of {name}", STEP_LIMIT)
-
-    began, dtype = time.perf_counter(), options.dtype or dtype_of_device()
-    model = load(directory, comm, weights=options.weights, experts=options.experts, dtype=dtype, progress=loading)
-    stats = {"rank": comm.rank, "load_seconds": round(time.perf_counter() - began, 3)}
-
-    answer, request = None, None
-    error: Exception | None = None
-    if comm.rank == 0:
-        try:
-            answer = Answer(options, Text.load(directory))
-            request = answer.request(model.args.vocab_size)
-        except Exception as caught:
-            error = caught
-    failures(comm, error)
-    request = Request.from_json(comm.object_from_rank_0(request and asdict(request)))
-    count, first, began = 0, None, time.perf_counter()
+    model, directory, load_seconds = _load(options, comm, watchdog)
+    answer, request = _ask(options, directory, model)
 
     def computing(phase: str) -> None:
         watchdog.progress(phase, STEP_LIMIT)
 
+    began, times = time.perf_counter(), []
     for _ in generate_tokens(model, request, answer.add if answer else bool, computing):
-        first = first or time.perf_counter()
-        count += 1
-    ended = time.perf_counter()
+        times.append(time.perf_counter())
     watchdog.progress("the end", START_LIMIT)
-    stats |= {
+    memory = {
         "weights_bytes": sum(x.nbytes for _, x in model.held_arrays()),
         "peak_mlx_bytes": mx.get_peak_memory(),
         "peak_resident_bytes": _peak_resident_bytes(),
     }
-    ranks = comm.gather_objects(stats)
+    ranks = comm.gather_objects({"rank": comm.rank, "load_seconds": round(load_seconds, 3)} | memory)
     watchdog.stop()
     if answer:
-        first = first or ended
-        timing = {
-            "prompt_tokens": len(request.prompt),
-            "completion_tokens": count,
-            "time_to_first_token_seconds": round(first - began, 3),
-            "tokens_per_second": round((count - 1) / (ended - first), 2) if count > 1 else None,
-        }
-        answer.finish({"world": comm.world, "backend": launch.backend, "seed": request.seed} | timing, ranks)
+        job_facts = {"world": comm.world, "backend": launch.backend, "seed": request.seed}
+        answer.finish(job_facts | timing(request, began, times), ranks)
     return 0
+
+
+def _load(options: GenerateOptions, comm: Comm, watchdog: Watchdog) -> tuple[Model, Path, float]:
+    """This rank's part of the model, the checkpoint's directory, and the seconds that reading took."""
+    watchdog.progress("download", math.inf)  # a first one takes hours
+    with all_ranks(comm):
+        directory = resolve(options.model)
+    began = time.perf_counter()
+    with LoadingBar(f"loading {options.model}") if comm.rank == 0 else nullcontext() as bar:
+
+        def loading(progress: Progress) -> None:
+            last = progress.done == progress.total
+            watchdog.progress(
+                "load on the other ranks" if last else f"load of {progress}", WAIT_LIMIT if last else STEP_LIMIT
+            )
+            if bar:
+                bar(progress)
+
+        dtype = options.dtype or dtype_of_device()
+        model = load(directory, comm, weights=options.weights, experts=options.experts, dtype=dtype, progress=loading)
+    return model, directory, time.perf_counter() - began
+
+
+def _ask(options: GenerateOptions, directory: Path, model: Model) -> tuple["Answer | None", Request]:
+    """What rank 0 wants computed, on every rank; and on rank 0 the answer to be."""
+    answer = request = None
+    with all_ranks(model.comm):
+        if model.comm.rank == 0:
+            answer = Answer(options, Text.load(directory))
+            request = asdict(answer.request(model.args.vocab_size))
+    return answer, Request.from_json(model.comm.object_from_rank_0(request))
+
+
+def timing(request: Request, began: float, times: list[float]) -> dict[str, Any]:
+    """Counts and speeds, from when the computation began and when each token was there (seconds)."""
+    rate = (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else None
+    return {
+        "prompt_tokens": len(request.prompt),
+        "completion_tokens": len(times),
+        "time_to_first_token_seconds": round(times[0] - began, 3) if times else None,
+        "tokens_per_second": rate and round(rate, 2),
+    }
 
 
 class Answer:
@@ -211,7 +167,7 @@ class Answer:
         self._show(*self.splitter.feed(self.stream.feed(token)))
         return self.stream.stopped
 
-    def finish(self, timing: dict[str, Any], ranks: list[dict[str, Any]]) -> None:
+    def finish(self, facts: dict[str, Any], ranks: list[dict[str, Any]]) -> None:
         self._show(*self.splitter.feed(self.stream.finish()))
         self._show(*self.splitter.finish())
         if self.stream.stopped or len(self.tokens) < self.options.max_tokens:
@@ -220,11 +176,11 @@ class Answer:
             reason = "length"
         if self.options.json:
             said = {"text": self.content, "reasoning": self.reasoning, "finish_reason": reason, "tokens": self.tokens}
-            print(json.dumps(said | timing | {"ranks": ranks}, ensure_ascii=False), flush=True)
+            print(json.dumps(said | facts | {"ranks": ranks}, ensure_ascii=False), flush=True)
             return
         self._dim(False)
         print(flush=True)
-        print(report(timing, ranks), file=sys.stderr, flush=True)
+        print(report(facts, ranks), file=sys.stderr, flush=True)
 
     def _show(self, reasoning: str, content: str) -> None:
         self.reasoning += reasoning
@@ -248,18 +204,19 @@ class Answer:
             sys.stdout.write("\n")
 
 
-def report(timing: dict[str, Any], ranks: list[dict[str, Any]]) -> str:
+def report(speed: dict[str, Any], ranks: list[dict[str, Any]]) -> str:
     """The lines below an answer: one a rank, then the speed."""
     lines = [
         f"rank {r['rank']}: weights {_mib(r['weights_bytes'])}, peak in MLX {_mib(r['peak_mlx_bytes'])}, "
         f"peak resident {_mib(r['peak_resident_bytes'])}, loaded in {r['load_seconds']:.2f} s"
         for r in ranks
     ]
-    speed = timing["tokens_per_second"]
-    lines.append(
-        f"prompt {timing['prompt_tokens']} tokens, first token after {timing['time_to_first_token_seconds']:.2f} s, "
-        f"{timing['completion_tokens']} tokens" + (f" at {speed:.1f} tokens/s" if speed else "")
-    )
+    said = f"prompt {speed['prompt_tokens']} tokens, answer {speed['completion_tokens']} tokens"
+    if speed["completion_tokens"]:
+        said += f", the first after {speed['time_to_first_token_seconds']:.2f} s"
+    if speed["tokens_per_second"]:
+        said += f", then {speed['tokens_per_second']:.1f} tokens/s"
+    lines.append(said)
     return "\n".join(lines)
 
 

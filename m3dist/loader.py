@@ -9,7 +9,6 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from threading import Lock
@@ -18,7 +17,7 @@ import mlx.core as mx
 import numpy as np
 
 from m3dist.checkpoint import Checkpoint, StoredTensor, open_checkpoint
-from m3dist.comm import Comm, check_same, failures
+from m3dist.comm import Comm, all_ranks, check_same
 from m3dist.errors import CheckpointError
 from m3dist.model import Model
 from m3dist.plan import Plan, make_plan
@@ -58,26 +57,15 @@ def load(
     or float32 to compute in, by default the checkpoint's own. Raises CheckpointError, ConfigError or PlanError for this
     rank's own failure, and CommunicationError naming the other rank for its.
     """
-    with _all_ranks(comm):
+    with all_ranks(comm):
         checkpoint = open_checkpoint(directory)
         translation = checkpoint.translate(FLOAT_NAMES.get(dtype, dtype) if dtype else None)
         plan = make_plan(translation.inventory, weights or comm.world, experts)
     check_same(comm, {"plan": plan.digest})
-    with _all_ranks(comm):
+    with all_ranks(comm):
         model = Model(checkpoint.config)
         model.hold(plan, comm, load_weights(checkpoint, translation, plan, comm.rank, progress).items())
     return model
-
-
-@contextmanager
-def _all_ranks(comm: Comm) -> Iterator[None]:
-    """A step that each rank takes alone: where it fails on one, it fails on all."""
-    error = None
-    try:
-        yield
-    except Exception as caught:  # whatever it is, the others must not wait for this rank
-        error = caught
-    failures(comm, error)
 
 
 def load_weights(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TextIO
 
 from rich.console import Console
+from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.progress import Progress as RichProgress
 
@@ -64,8 +65,8 @@ class LoadingBar:
             rate = progress.done / max(now - self.began, 1e-9)
             left = (progress.total - progress.done) / max(rate, 1.0)
             print(
-                f"{self.title}: {progress.done / 1e9:.1f} of {progress.total / 1e9:.1f} GB,"
-                f" {rate / 1e9:.2f} GB/s, {left:.0f} s left",
+                f"{self.title}: {decimal(progress.done)} of {decimal(progress.total)},"
+                f" {decimal(int(rate))}/s, {left:.0f} s left",
                 file=self.stream,
                 flush=True,
             )

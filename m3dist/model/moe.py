@@ -98,8 +98,8 @@ class SwitchMLP(nn.Module):
 def _rows(x: mx.array, index: mx.array) -> mx.array:
     """Rows of x [tokens, hidden] as [len(index), 1, hidden], with the axis there before the gather.
 
-    x[index, None] is the same numbers, but its new axis has stride 1, which MLX's grouped product on CUDA (0.32.4) takes
-    for the distance between rows: wrong results, no error.
+    x[index, None] is the same numbers, but its new axis has stride 1, which MLX's grouped product on CUDA (0.32.4)
+    takes for the distance between rows: wrong results, no error.
     """
     return x.reshape(-1, 1, x.shape[-1])[index]
 

@@ -26,7 +26,7 @@ ORDER = [
     {"m3dist.reads", "m3dist.comm"},
     {"m3dist.cache", "m3dist.sample"},
     {"m3dist.model"},
-    {"m3dist.loader", "m3dist.text", "m3dist.cluster"},
+    {"m3dist.loader", "m3dist.engine", "m3dist.text", "m3dist.cluster"},
     {"m3dist.generate", "m3dist.plan_report"},
     {"m3dist.cli"},
     {"m3dist.__main__"},

@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 
 from m3dist.comm import Comm, connect
-from m3dist.generate import Request, generate_tokens
+from m3dist.engine import Request, generate_tokens
 from m3dist.loader import load
 from m3dist.model import Model, ModelArgs
 from m3dist.sample import Sampling

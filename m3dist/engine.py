@@ -1,0 +1,78 @@
+"""A request -> its tokens, on every rank at once. Rank 0 samples and decides when to stop; the others obey."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+
+from m3dist.errors import CommunicationError
+from m3dist.model import Model
+from m3dist.sample import Sampling, choose
+
+
+@dataclass(frozen=True)
+class Request:
+    """What rank 0 asks all ranks to compute; plain values, sent as JSON."""
+
+    prompt: list[int]
+    max_tokens: int
+    seed: int
+    prefill_chunk: int
+    stop_ids: list[int]
+    sampling: Sampling = field(default_factory=Sampling)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "Request":
+        return cls(**values | {"sampling": Sampling(**values["sampling"])})
+
+
+def generate_tokens(
+    model: Model,
+    request: Request,
+    finished: Callable[[int], bool] = lambda token: False,
+    progress: Callable[[str], None] = lambda phase: None,
+) -> Iterator[int]:
+    """The answer's tokens, the same on every rank, without the stop token.
+
+    Rank 0 samples; its token reaches the others inside the graph. The next step is started before this one's token is
+    on the host. `finished` is asked on rank 0 alone, with each token; its yes travels with the step after next, so that
+    all ranks stop at the same step. Raises CommunicationError where the ranks' hidden states are no longer equal.
+    """
+    comm, cache = model.comm, model.make_cache()
+    key = mx.random.key(request.seed)
+    stopping = False
+
+    def step(tokens: mx.array) -> mx.array:
+        """tokens [n] -> uint32 [token, rank 0 says stop, ranks agree]."""
+        nonlocal key
+        hidden = model.hidden(tokens[None], cache=cache)[0, -1]
+        candidates = model.candidates(hidden, request.sampling)
+        key, now = mx.random.split(key)
+        said = mx.concatenate([choose(candidates, request.sampling, now), mx.array([stopping], dtype=mx.uint32)])
+        packet = mx.concatenate([comm.from_rank_0(said), candidates.agree[None].astype(mx.uint32)])
+        mx.async_eval(packet)
+        return packet
+
+    prompt = mx.array(request.prompt, dtype=mx.uint32)
+    while prompt.size > request.prefill_chunk:
+        progress(f"prefill of {len(request.prompt)} tokens, at {len(request.prompt) - prompt.size}")
+        model.hidden(prompt[None, : request.prefill_chunk], cache=cache)
+        mx.eval([layer.state for layer in cache])
+        prompt = prompt[request.prefill_chunk :]
+    progress(f"prefill of {len(request.prompt)} tokens, at {len(request.prompt) - prompt.size}")
+    current = step(prompt)
+    for number in range(request.max_tokens):
+        following = step(current[:1]) if number + 1 < request.max_tokens else None
+        token, stop, agree = current.tolist()
+        progress(f"decode step {number + 1}")
+        if not agree:
+            raise CommunicationError(
+                f"the ranks' hidden states differ at step {number}: their results cannot be trusted"
+            )
+        if stop or token in request.stop_ids:
+            return
+        if not stopping:
+            yield token
+            stopping = comm.rank == 0 and finished(token)
+        current = following
