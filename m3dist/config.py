@@ -146,12 +146,15 @@ class _Reader:
     def get(self, name: str) -> Any:
         """The value, or None where neither spelling has it."""
         nested, flat = _SPELLINGS.get(name, (None, name))
-        group = self.text.get(nested) if nested else None
-        if group is not None and not isinstance(group, Mapping):
-            raise ConfigError(f"config.json: {nested} must be an object, not {group!r}")
-        if group and group.get(name) is not None:
-            return group[name]
-        return self.text.get(flat)
+        value = self.group(nested).get(name) if nested else None
+        return self.text.get(flat) if value is None else value
+
+    def group(self, name: str) -> Mapping[str, Any]:
+        """A nested object of the config, empty where there is none."""
+        group = self.text.get(name) or {}
+        if not isinstance(group, Mapping):
+            raise ConfigError(f"config.json: {name} must be an object, not {group!r}")
+        return group
 
     def integer(self, name: str, default: int | None = None, least: int = 1) -> int:
         value = self.get(name)
@@ -202,8 +205,7 @@ def _check_supported(config: Mapping[str, Any], text: Mapping[str, Any], reader:
     model_type = config.get("model_type") or text.get("model_type")
     if model_type not in MODEL_TYPES:
         raise ConfigError(f"config.json: model_type {model_type!r} is not MiniMax-M3 (one of {', '.join(MODEL_TYPES)})")
-    sparse = text.get("sparse_attention_config") or {}
-    rope = text.get("rope_parameters") or {}
+    sparse, rope = reader.group("sparse_attention_config"), reader.group("rope_parameters")
     wanted: list[tuple[str, Any, tuple[Any, ...]]] = [
         ("use_gemma_norm", text.get("use_gemma_norm"), (None, True)),
         ("use_qk_norm", text.get("use_qk_norm"), (None, True)),

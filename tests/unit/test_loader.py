@@ -351,8 +351,8 @@ def test_loading_bar(monkeypatch):
         for done in (1, 2, 3, 4):
             bar(Progress("x", done * 10**9, 4 * 10**9))
     assert out.getvalue().splitlines() == [
-        "rank 0: 2.0 of 4.0 GB, 0.18 GB/s, 11 s left",
-        "rank 0: 4.0 of 4.0 GB, 0.20 GB/s, 0 s left",
+        "rank 0: 2.0 GB of 4.0 GB, 181.8 MB/s, 11 s left",
+        "rank 0: 4.0 GB of 4.0 GB, 200.0 MB/s, 0 s left",
     ]
     monkeypatch.setenv("TERM", "xterm")
     terminal = Terminal()
