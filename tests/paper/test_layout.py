@@ -178,8 +178,8 @@ def test_every_world_up_to_16_cuts_the_published_model(published):
     for world in range(1, 17):
         plan = make_plan(Inventory(published, "BF16"), world)
         read = [plan.bytes_read(rank) for rank in range(world)]
-        # 1.031 at 12 ranks, where the cuts fall so that some hold a KV head more than others
-        assert max(read) / min(read) < 1.04, world
+        # 1.057 at 14 ranks: one group of expert columns more is more than heads and vocabulary can even out
+        assert max(read) / min(read) < 1.06, world
         kv_heads = sum(share.spans["kv_head"][1] - share.spans["kv_head"][0] for share in plan.shares)
         assert kv_heads >= max(4, world)
         if 4 % world == 0:

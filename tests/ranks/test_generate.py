@@ -173,27 +173,25 @@ def test_a_rank_that_finds_another_checkpoint(tmp_path, damaged):
     assert "rank 1 failed: CheckpointError" in said[0] and "1000 bytes are missing" in said[1]
 
 
-def long_answer(world: int, **environ: str) -> subprocess.Popen[str]:
-    """A generation that would go on for minutes."""
-    flags = [
-        "--raw",
-        "--temperature",
-        "3",
-        "--top-k",
-        "0",
-        "--top-p",
-        "1",
-        "--max-tokens",
-        "100000",
-        "--prompt",
-        "Hello",
-    ]
-    return start([*M3DIST, "generate", "-n", str(world), *flags], **environ)
+@pytest.fixture
+def endless(tmp_path) -> Path:
+    """A copy of the tiny checkpoint whose stop token is one that it never gives: its answers go on for ever."""
+    copy = Path(shutil.copytree(PATH, tmp_path / "endless"))
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
+        content = (copy / name).read_text()
+        content = re.sub(r'"eos_token_id": \d+', '"eos_token_id": 0', content)
+        (copy / name).write_text(content.replace('"eos_token": "[e~["', '"eos_token": "]!p~["'))
+    return copy
+
+
+def endless_answer(model: Path, world: int, **environ: str) -> subprocess.Popen[str]:
+    flags = ["--raw", "--temperature", "0", "--max-tokens", "1000000", "--prompt", "Hello"]
+    return start([*M3DIST, "generate", "--model", str(model), "-n", str(world), *flags], **environ)
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_rank_ends_the_job(victim):
-    process = long_answer(3)
+def test_a_killed_rank_ends_the_job(victim, endless):
+    process = endless_answer(endless, 3)
     try:
         ranks = ranks_of(process, 3)
         time.sleep(4)
@@ -207,8 +205,8 @@ def test_a_killed_rank_ends_the_job(victim):
         end(process)
 
 
-def test_a_stalled_rank_ends_the_job():
-    process = long_answer(2, M3DIST_STEP_LIMIT="5")
+def test_a_stalled_rank_ends_the_job(endless):
+    process = endless_answer(endless, 2, M3DIST_STEP_LIMIT="5")
     try:
         ranks = ranks_of(process, 2)
         time.sleep(4)
