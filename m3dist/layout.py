@@ -124,7 +124,7 @@ def count_units(inventory: Inventory, experts: str) -> dict[str, int]:
 
     heads_a_unit = math.lcm(c.head_dim, groups["head"]) // c.head_dim
     counts = {
-        "head": c.num_attention_heads // heads_a_unit if c.num_attention_heads % heads_a_unit == 0 else 0,
+        "head": c.num_attention_heads // heads_a_unit,
         "kv_head": c.num_key_value_heads,
         "dense": columns("dense", c.dense_intermediate_size),
         "expert": columns("expert", c.intermediate_size),
@@ -146,7 +146,8 @@ def allot(units: int, weights: Sequence[float], load: Sequence[float] | None = N
     load = load or [0.0] * world
     active = set(range(world))
     while True:
-        level = (units + sum(load[r] for r in active)) / sum(weights[r] for r in active)
+        # fsum: Python's sum rounds otherwise from 3.12 on than before, and ranks must plan alike.
+        level = math.fsum([units, *(load[r] for r in active)]) / math.fsum(weights[r] for r in active)
         dry = {r for r in active if load[r] > level * weights[r]}
         if not dry:
             break
@@ -188,8 +189,8 @@ def divide(inventory: Inventory, weights: Sequence[float], experts: str = "colum
         ends = [sum(given[: r + 1]) for r in range(world)]
         spans[unit] = [(end - n, end) for end, n in zip(ends, given)]
         if unit == "head":
-            per_kv = counts["head"] / counts["kv_head"]
-            spans["kv_head"] = [(math.floor(a / per_kv), math.ceil(b / per_kv)) for a, b in spans["head"]]
+            heads, kv_heads = counts["head"], counts["kv_head"]
+            spans["kv_head"] = [(a * kv_heads // heads, -(-b * kv_heads // heads)) for a, b in spans["head"]]
             load = [x + (b - a) * cost["kv_head"] for x, (a, b) in zip(load, spans["kv_head"])]
     return tuple(Share(r, world, counts, {unit: s[r] for unit, s in spans.items()}) for r in range(world))
 
