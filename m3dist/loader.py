@@ -20,7 +20,7 @@ from m3dist.checkpoint import Checkpoint, StoredTensor, open_checkpoint
 from m3dist.comm import Comm, all_ranks, check_same
 from m3dist.errors import CheckpointError
 from m3dist.model import Model
-from m3dist.plan import Plan, make_plan
+from m3dist.plan import Plan, plan_world
 from m3dist.progress import Progress, Report
 from m3dist.reads import Read, plan_reads
 from m3dist.tensors import FLOATS
@@ -60,7 +60,7 @@ def load(
     with all_ranks(comm):
         checkpoint = open_checkpoint(directory)
         translation = checkpoint.translate(FLOAT_NAMES.get(dtype, dtype) if dtype else None)
-        plan = make_plan(translation.inventory, weights or comm.world, experts)
+        plan = plan_world(translation.inventory, comm.world, weights, experts)
     check_same(comm, {"plan": plan.digest})
     with all_ranks(comm):
         model = Model(checkpoint.config)

@@ -88,6 +88,16 @@ def make_plan(inventory: Inventory, weights: int | Sequence[float], experts: str
     return plan
 
 
+def plan_world(inventory: Inventory, world: int, weights: Sequence[float] | None, experts: str) -> Plan:
+    """The plan for `world` ranks that are there already: equal ones, or of one weight each.
+
+    Raises PlanError also where the weights are not as many as the ranks.
+    """
+    if weights is not None and len(weights) != world:
+        raise PlanError(f"{len(weights)} weights for {world} ranks: give one number a rank")
+    return make_plan(inventory, weights or world, experts)
+
+
 def _check_covered(plan: Plan) -> None:
     """Every unit of every kind is on some rank; only KV heads are on several. Bugs in a rule end here, not in a sum."""
     for unit, count in plan.shares[0].counts.items():

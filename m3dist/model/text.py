@@ -19,7 +19,7 @@ from m3dist.errors import CheckpointError
 from m3dist.model.attention import Attention, Positions
 from m3dist.model.layers import DenseMLP, GemmaRMSNorm
 from m3dist.model.moe import SparseMoeBlock
-from m3dist.plan import Plan, make_plan
+from m3dist.plan import Plan, plan_world
 from m3dist.sample import Candidates, Sampling, gather_candidates
 from m3dist.tensors import LEAVES, Inventory, Quantization, infer_quantization, modules
 from m3dist.translation import FP8_BLOCK, Assembly, translate
@@ -159,7 +159,8 @@ class Model(nn.Module):
 
     def sanitize(self, weights: Mapping[str, mx.array]) -> dict[str, mx.array]:
         """Whole tensors of any layout m3dist reads -> this model's names and packing. Raises CheckpointError."""
-        translation = translate(self.args, {name: (x.shape, NAMES[x.dtype]) for name, x in weights.items()})
+        stored = {name: (x.shape, NAMES.get(x.dtype, str(x.dtype))) for name, x in weights.items()}
+        translation = translate(self.args, stored)
         return {name: assemble(assembly, weights) for name, assembly in translation.assemblies.items()}
 
     @property
@@ -224,7 +225,7 @@ class Model(nn.Module):
         `group` None is mx.distributed's own world; `weights` one number a rank for unequal ranks.
         """
         comm = whole_world() if group is None else group if isinstance(group, Comm) else Comm(group)
-        plan = make_plan(self.inventory(), weights or comm.world, experts)
+        plan = plan_world(self.inventory(), comm.world, weights, experts)
         slices = plan.slices(comm.rank)
         held = [(name, take(x, slices[name])) for name, x in self.held_arrays()]
         self.hold(plan, comm, held)
