@@ -37,7 +37,8 @@ def generate_tokens(
 
     Rank 0 samples; its token reaches the others inside the graph. The next step is started before this one's token is
     on the host. `finished` is asked on rank 0 alone, with each token; its yes travels with the step after next, so that
-    all ranks stop at the same step. Raises CommunicationError where the ranks' hidden states are no longer equal.
+    all ranks stop at the same step, the others having seen one token more. Raises CommunicationError where the ranks'
+    hidden states are no longer equal.
     """
     comm, cache = model.comm, model.make_cache()
     key = mx.random.key(request.seed)

@@ -65,9 +65,10 @@ def choose(candidates: Candidates, sampling: Sampling, key: mx.array | None) -> 
         return candidates.ids[:1]
     logits = candidates.logits / sampling.temperature
     probabilities = mx.softmax(logits)
-    # The likeliest tokens that together reach top_p: one is kept while what stands before it falls short.
-    kept = mx.cumsum(probabilities) - probabilities < sampling.top_p
-    # min-p is relative to the likeliest, so the top-p cut in between changes nothing.
-    kept = kept & (probabilities >= sampling.min_p * probabilities[0])
+    # min-p is relative to the likeliest, so whether it cuts before or after top-p changes nothing.
+    kept = probabilities >= sampling.min_p * probabilities[0]
+    if sampling.top_p < 1:  # float32 sums over a whole vocabulary may reach 1 before its end
+        # The likeliest tokens that together reach top_p: one is kept while what stands before it falls short.
+        kept = kept & (mx.cumsum(probabilities) - probabilities < sampling.top_p)
     chosen = mx.random.categorical(mx.where(kept, logits, -mx.inf), key=key)
     return candidates.ids[chosen][None]
