@@ -12,6 +12,7 @@ import numpy as np
 
 from m3dist.comm import Comm, connect
 from m3dist.engine import Request, generate_tokens
+from m3dist.errors import M3Error
 from m3dist.loader import load
 from m3dist.model import Model, ModelArgs
 from m3dist.sample import Sampling
@@ -59,6 +60,36 @@ def tokens(comm: Comm, directory: str, prompt: list[int], max_tokens: int, sampl
     model = load(Path(directory), comm, **options)
     request = Request(prompt, max_tokens, 7, 32, [], Sampling(**sampling))
     return list(generate_tokens(model, request))
+
+
+def stopped(comm: Comm, directory: str, prompt: list[int], after: int) -> tuple[list[int], int]:
+    """Tokens of a generation that rank 0 ends `after` so many, and how many ranks still hear each other then."""
+    model, seen = load(Path(directory), comm), []
+    request = Request(prompt, 40, 7, 32, [], Sampling(temperature=0))
+    for token in generate_tokens(model, request, lambda token: comm.rank or len(seen) == after):
+        seen.append(token)
+    return seen, len(comm.gather_objects(None))
+
+
+def disagreements(comm: Comm, directory: str) -> list[str]:
+    """What every rank says where plans differ, where weights are not as many as ranks, and where states differ."""
+    model = load(Path(directory), comm)
+    if comm.rank == comm.world - 1:
+        norm = model.language_model.model.norm
+        norm.weight = norm.weight * 1.001
+    request = Request([1, 2, 3], 5, 7, 32, [])
+    said = []
+    for attempt in (
+        lambda: load(Path(directory), comm, experts="whole" if comm.rank else "columns"),
+        lambda: load(Path(directory), comm, weights=[1.0] * (comm.world + 1)),
+        lambda: list(generate_tokens(model, request)),
+    ):
+        try:
+            attempt()
+            said.append("nothing")
+        except M3Error as error:
+            said.append(f"{type(error).__name__}: {error}")
+    return said
 
 
 def answers(comm: Comm, directory: str, prompts: list[list[int]], stop: int, max_tokens: int) -> list[list[int]]:

@@ -113,6 +113,39 @@ def test_ranks_see_the_same_tokens_and_worlds_too(cases, sampling):
         assert run_world("tokens", world, sampling=sampling, options={}, **wanted) == [alone] * world
 
 
+def test_bfloat16_ranks_agree(cases):
+    """Sums of bfloat16 over the ring are the same bits on every rank, or the agreement check would end this."""
+    wanted = {"directory": cases[3]["directory"], "prompt": cases[3]["tokens"][:60], "max_tokens": 6}
+    ranks = run_world("tokens", 3, sampling={"temperature": 1}, options={"dtype": "bfloat16"}, **wanted)
+    assert len(ranks[0]) == 6 and ranks == [ranks[0]] * 3
+
+
+def test_rank_0_stops_all(cases):
+    """The others see one token more, which was on its way; nobody is left waiting."""
+    (first, heard), other = run_world("stopped", 2, directory=cases[0]["directory"], prompt=[5, 6, 7], after=4)
+    assert len(first) == 4 and heard == 2
+    assert other[0][:4] == first and len(other[0]) == 5 and other[1] == 2
+
+
+def test_ranks_that_differ_say_so(cases):
+    for plans, weights, states in run_world("disagreements", 2, directory=cases[0]["directory"]):
+        assert plans.startswith("CommunicationError: the ranks differ in plan (rank 0: ")
+        assert weights == "PlanError: 3 weights for 2 ranks: give one number a rank"
+        assert states.startswith("CommunicationError: the ranks' hidden states differ at step 0")
+
+
+@pytest.mark.mpi
+def test_sixteen_ranks(tmp_path):
+    """The most ranks there can be: one query head each, four to a KV head; with a tied embedding."""
+    wide = dict.fromkeys(("intermediate_size", "shared_intermediate_size", "dense_intermediate_size"), 512)
+    config = checkpoints.tiny_config(num_hidden_layers=2, num_attention_heads=16, tie_word_embeddings=True, **wide)
+    tensors = checkpoints.random_tensors(config, seed=6)
+    path = checkpoints.mlx_layout(tmp_path, config, tensors, "a", bits=4, group_size=32)
+    cases = [{"directory": str(path), "tokens": list(range(TOKENS)), "sizes": [TOKENS - 1, 1]}]
+    alone = run_world("logits", 1, cases=cases)[0]
+    assert_equal_to_one_rank(run_world("logits", 16, backend="mpi", cases=cases), alone, cases)
+
+
 def test_small_exchanges():
     everyone = [{"rank": rank, "text": "é" * rank} for rank in range(3)]
     assert run_world("objects", 3) == [[everyone, everyone[0]]] * 3

@@ -63,6 +63,48 @@ def test_greedy_takes_the_first_of_the_largest(values):
     assert choose(candidates(logits, greedy), greedy, None).tolist() == [int(logits.argmax())]
 
 
+def test_top_p_stops_at_the_token_that_reaches_it():
+    half = mx.array([0.0, -100.0, 0.0] + [-100.0] * (VOCABULARY - 3))
+    found = candidates(np.array(half), Sampling(1.0, 0.5, 0))
+    assert {choose(found, Sampling(1.0, 0.5, 0), key).item() for key in mx.random.split(mx.random.key(0), 20)} == {0}
+
+
+class Gathered(Comm):
+    """Rank after rank in one process: each leaves its packet, and the last finds those of all."""
+
+    def __init__(self):
+        super().__init__()
+        self.packets = []
+
+    def all_gather(self, x):
+        self.packets.append(x)
+        return mx.stack(self.packets)
+
+
+def over_ranks(logits: np.ndarray, rows: list[int], hidden: list[mx.array], s: Sampling):
+    comm, ends = Gathered(), np.cumsum(rows)
+    for end, n, state in zip(ends.tolist(), rows, hidden, strict=True):
+        found = gather_candidates(mx.array(logits[end - n : end]), end - n, max(rows), state, s, comm, VOCABULARY)
+    return found
+
+
+@pytest.mark.parametrize("rows", [[6, 6], [5, 1, 6], [1, 1, 1, 9]])
+@pytest.mark.parametrize("top_k", [0, 1, 4, 8])
+def test_the_same_candidates_however_the_vocabulary_is_cut(rows, top_k):
+    """Also where a rank has fewer rows than candidates are wanted, all logits are negative and some are equal."""
+    logits = np.random.default_rng(4).integers(-9, -2, VOCABULARY).astype(np.float32)
+    for s in (Sampling(top_k=top_k), Sampling(temperature=0)):
+        one, cut = candidates(logits, s), over_ranks(logits, rows, [HIDDEN] * len(rows), s)
+        assert one.ids.tolist() == cut.ids.tolist() and one.logits.tolist() == cut.logits.tolist()
+        assert one.agree.item() and cut.agree.item()
+
+
+def test_ranks_that_do_not_agree_are_seen():
+    logits, other = np.zeros(VOCABULARY, np.float32), mx.array([0.0, 0.0, 1e-30, 0.0])
+    for states in ([HIDDEN, other, HIDDEN], [HIDDEN, HIDDEN, other], [other, HIDDEN, HIDDEN]):
+        assert not over_ranks(logits, [4, 4, 4], states, Sampling()).agree.item()
+
+
 def test_agreement_sees_one_bit_and_an_exchange():
     for dtype in (mx.float32, mx.bfloat16):
         x = mx.array(np.random.default_rng(2).standard_normal(64), dtype=dtype)
