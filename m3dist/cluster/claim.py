@@ -2,10 +2,10 @@
 
 The ring listens with SO_REUSEPORT and greets nobody: two jobs with the same addresses (mlx.launch always begins at the
 same port) get cross-connected and compute wrong sums without an error. So a rank claims its own addresses first, with a
-lock that the system drops when the process ends, however it ends.
+lock that the system drops when the process ends, however it ends. All claims of a machine are locks on single bytes of
+one empty file, so that ranks that are killed leave nothing behind.
 """
 
-import atexit
 import fcntl
 import hashlib
 import json
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from m3dist.cluster.environment import Launch, LaunchError
 
-LOCKS = Path("/tmp")  # the same for every user and session of a machine, unlike TMPDIR
+LOCKS = Path("/tmp/m3dist.lock")  # the same for every user and session of a machine, unlike TMPDIR
 
 
 def claim_addresses(launch: Launch, hostfile: str | None) -> None:
@@ -22,40 +22,31 @@ def claim_addresses(launch: Launch, hostfile: str | None) -> None:
     if launch.backend != "ring" or not hostfile:
         return
     own = json.loads(Path(hostfile).read_text())[launch.rank]
+    locks = _open(LOCKS)  # never closed: that would drop every lock this process has on the file
     for address in [own] if isinstance(own, str) else own:
-        _claim(address)
+        _claim(locks, address)
 
 
-def _claim(address: str) -> None:
-    name = hashlib.sha256(f"{_network()} {address}".encode()).hexdigest()[:16]
-    path = LOCKS / f"m3dist-{name}.lock"
-    while True:
-        lock = _open(path)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise LaunchError(
-                f"another job on this machine uses the ring address {address}; wait for it to end, or start this one "
-                "with another --starting-port (m3dist's own -n finds free ports)"
-            ) from None
-        if _is_current(path, lock):
-            break
-        os.close(lock)  # its last owner removed the file in between: lock the new one
-    atexit.register(path.unlink, missing_ok=True)
+def _claim(locks: int, address: str) -> None:
+    digest = hashlib.sha256(f"{_network()} {address}".encode()).digest()
+    try:
+        fcntl.lockf(locks, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, int.from_bytes(digest[:7], "big"))
+    except (BlockingIOError, PermissionError):  # EAGAIN or EACCES, as the system likes
+        raise LaunchError(
+            f"another job on this machine uses the ring address {address}; wait for it to end, or start this one "
+            "with another --starting-port (m3dist's own -n finds free ports)"
+        ) from None
 
 
 def _open(path: Path) -> int:
+    """The file that every user may lock. Another user's, in a sticky directory, opens only without O_CREAT."""
+    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
-        return os.open(path, os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
-    except PermissionError:  # another user's file in a sticky directory may be opened, but not with O_CREAT
-        return os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-
-
-def _is_current(path: Path, lock: int) -> bool:
-    try:
-        return os.stat(path).st_ino == os.fstat(lock).st_ino
+        return os.open(path, flags)
     except FileNotFoundError:
-        return False
+        locks = os.open(path, flags | os.O_CREAT)
+        os.fchmod(locks, 0o666)
+        return locks
 
 
 def _network() -> str:

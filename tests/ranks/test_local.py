@@ -265,6 +265,47 @@ def test_another_backend_is_refused():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Ring addresses
+
+CLAIMER = """
+import json, sys, time
+from pathlib import Path
+from m3dist.cluster import claim
+from m3dist.cluster.environment import Launch
+claim.LOCKS = Path(sys.argv[1])
+Path(sys.argv[2]).write_text(json.dumps([[f"127.0.0.1:{port}" for port in sys.argv[3:]]]))
+claim.claim_addresses(Launch("mlx.launch", "ring", 0, 2), sys.argv[2])
+print("claimed", flush=True)
+time.sleep(60)
+"""
+
+
+def test_an_address_is_one_rank_s_until_it_ends(tmp_path):
+    """However it ends; and nothing but one empty file is left."""
+    locks = tmp_path / "locks"
+    locks.mkdir()
+
+    def claimer(*ports: str) -> subprocess.Popen:
+        command = [sys.executable, "-c", CLAIMER, str(locks / "lock"), str(tmp_path / "hosts.json"), *ports]
+        pipe = subprocess.PIPE
+        return subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
+
+    first, other = claimer("1", "2"), claimer("3")
+    try:
+        assert first.stdout.readline() == other.stdout.readline() == "claimed\n"
+        assert "uses the ring address 127.0.0.1:2;" in claimer("4", "2").communicate(timeout=DEADLINE)[1]
+        first.kill()
+        first.wait(DEADLINE)
+        again = claimer("2")
+        assert again.stdout.readline() == "claimed\n"
+        again.kill()
+    finally:
+        first.kill()
+        other.kill()
+    assert [path.stat().st_size for path in locks.iterdir()] == [0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # A launcher that is ended
 
 
