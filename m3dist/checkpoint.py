@@ -6,6 +6,7 @@ What the tensors mean is m3dist.translation's.
 
 import json
 import math
+import os
 import re
 import reprlib
 from collections.abc import Mapping
@@ -207,10 +208,11 @@ def resolve(model: str) -> Path:
 
     Raises CheckpointError where it is none of these, or the hub does not give it.
     """
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists():
+    # os.path says no where pathlib raises: a name too long, a user or a directory that is not known here
+    path = os.path.expanduser(model)
+    if os.path.isdir(path):
+        return Path(path)
+    if os.path.exists(path):
         raise CheckpointError(f"{model} is a file; name the directory with config.json and the safetensors files")
     if model == "tiny":
         from m3dist import tiny
@@ -232,7 +234,10 @@ def _download(model: str) -> Path:
     except errors.RepositoryNotFoundError:
         reason = "is no directory here and not on Hugging Face; if it is private, `hf auth login` first"
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
-        reason = "is no directory here and not in the local cache, and Hugging Face cannot be reached"
+        reason = (
+            "is no directory here and not in the local cache, and Hugging Face cannot be reached"
+            " (or HF_HUB_OFFLINE is set)"
+        )
     except Exception as error:  # the hub library's own, its HTTP client's, the disk's
         reason = f"could not be fetched from Hugging Face: {error}"
     raise CheckpointError(f"{model} {reason}")

@@ -2,12 +2,13 @@
 
 import argparse
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from m3dist.checkpoint import open_checkpoint
+from m3dist.checkpoint import open_checkpoint, resolve
 from m3dist.config import ModelConfig, read_config
 from m3dist.errors import PlanError
 from m3dist.layout import query_heads
@@ -42,9 +43,12 @@ class RankReport:
 def main(args: argparse.Namespace) -> int:
     """Print the plan; 0 where everything fits or no memory was given, 1 where something does not."""
     inventory, source = inventory_of(args.model, args.mode, args.bits, args.group_size)
+    most = inventory.config.max_position_embeddings
+    if args.context and args.context > most:
+        raise PlanError(f"--context: the model takes at most {most} tokens (max_position_embeddings in its config)")
     machines = args.machines or ([args.memory] * (args.world or 1) if args.memory else None)
     if machines:
-        plan = make_plan(inventory, usable(machines), args.experts)
+        plan = make_plan(inventory, usable(machines, "--machines" if args.machines else "--memory"), args.experts)
     else:
         plan = make_plan(inventory, args.world or 1, args.experts)
     ranks = [rank_report(plan, r, machines[r] if machines else None, args.context) for r in range(plan.world)]
@@ -63,19 +67,22 @@ def inventory_of(model: str, mode: str | None, bits: int | None, group_size: int
     `mode`, `bits` and `group_size` ask for an MLX conversion instead of the checkpoint's own format.
     """
     wanted = quantization_of(mode, bits, group_size)
-    directory = Path(model)
-    if directory.is_dir() and wanted is None and any(directory.glob("*.safetensors")):
+    directory = None
+    if model == "tiny" or os.path.isdir(os.path.expanduser(model)):
+        directory = resolve(model)
+    if directory and wanted is None and any(directory.glob("*.safetensors")):
         return open_checkpoint(directory).translate().inventory, f"{directory}, from its files"
-    if directory.is_dir():
+    if directory:
         return converted(ModelConfig.from_dict(read_config(directory)), wanted), f"{directory}, from its config.json"
     name = model.rpartition("/")[2]
     if match := re.fullmatch(r"(MiniMax-M3)-(?:(\d)bit|(mxfp4|mxfp8|nvfp4))", name):
         name, wanted = match[1], wanted or quantization_of(match[3], int(match[2]) if match[2] else None, None)
     path = PUBLISHED / f"{name}.json"
-    if not path.is_file() or name == "README":
+    if not os.path.isfile(path):
         known = ", ".join(f"MiniMaxAI/{p.stem}" for p in sorted(PUBLISHED.glob("*.json")))
         raise PlanError(
-            f"{model} is neither a directory nor a published checkpoint here ({known}, each also with --bits or --mode)"
+            f"{model} is neither a directory, nor tiny, nor a published checkpoint known here"
+            f" ({known}, each also with --bits or --mode)"
         )
     config = ModelConfig.from_dict(json.loads(path.read_text()))
     if wanted is None and config.quantization:
@@ -113,11 +120,11 @@ def published_mxfp8(config: ModelConfig) -> Inventory:
     return Inventory(config, "BF16", {m.name: MXFP8 for m in matrices})
 
 
-def usable(machines: list[float]) -> list[float]:
+def usable(machines: list[float], flag: str) -> list[float]:
     """GiB that weights and caches may take on each machine. Raises PlanError for one with nothing left."""
     for rank, memory in enumerate(machines):
         if memory <= RESERVE_GIB:
-            raise PlanError(f"--machines: rank {rank} has {memory:g} GB, of which {RESERVE_GIB:g} are reserved")
+            raise PlanError(f"{flag}: rank {rank} has {memory:g} GB, of which {RESERVE_GIB:g} are reserved")
     return [memory - RESERVE_GIB for memory in machines]
 
 
@@ -209,9 +216,10 @@ def as_text(
         [f"{source}: {whole / 1e9:.1f} GB ({_gib(whole)}) over {plan.world} ranks", ""] + table([head, *rows]) + [""]
     )
     if context is None:
-        most = max(r.bytes_held + c.max_position_embeddings * r.cache_bytes_per_token for r in ranks)
+        tokens = wanted or c.max_position_embeddings
+        most = max(r.bytes_held + tokens * r.cache_bytes_per_token for r in ranks)
         lines.append(
-            f"The full context of {c.max_position_embeddings} tokens needs {_gib(most)} on the fullest rank. "
+            f"{'A' if wanted else 'The full'} context of {tokens} tokens needs {_gib(most)} on the fullest rank. "
             "Give --memory or --machines to see what fits."
         )
     elif problems:

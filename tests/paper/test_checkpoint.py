@@ -253,7 +253,7 @@ def test_resolve(tmp_path, monkeypatch):
     assert resolve("tiny") == tiny.PATH
     with pytest.raises(CheckpointError, match="file is a file; name the directory"):
         resolve("file")
-    for model in ("nowhere", "/no/where", "a/b/c", "../there", "~nobody/there"):
+    for model in ("nowhere", "/no/where", "a/b/c", "../there", "~nobody/there", "~no-such-user/there", "a" * 5000):
         with pytest.raises(CheckpointError, match="no such directory, and no Hugging Face id"):
             resolve(model)
 

@@ -85,15 +85,29 @@ def test_longest_context_fits_and_one_more_does_not(capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--model", "somebody/else"], "neither a directory nor a published checkpoint"),
+        (["--model", "somebody/else"], "neither a directory, nor tiny, nor a published checkpoint"),
+        (["--model", "a" * 5000], "neither a directory, nor tiny"),
         (["--mode", "mxfp4", "--bits", "8"], "--mode mxfp4 has 4 bits"),
         (["--bits", "7"], "--bits 2, 3, 4, 5, 6 or 8"),
-        (["--machines", "512,8"], "rank 1 has 8 GB"),
+        (["--machines", "512,8"], "--machines: rank 1 has 8 GB"),
+        (["--world", "2", "--memory", "8"], "--memory: rank 0 has 8 GB"),
+        (["--memory", "512", "--context", "1048577"], "--context: the model takes at most 1048576 tokens"),
     ],
 )
 def test_bad_requests_are_named(capsys, flags, message):
     assert cli.main(["plan", *flags]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_context_without_a_memory(capsys):
+    assert "\nA context of 1000 tokens needs 397.1 GiB on the fullest rank." in run(
+        capsys, "--world", "2", "--context", "1000"
+    )[1]
+
+
+def test_the_tiny_checkpoint(capsys):
+    code, out = run(capsys, "--model", "tiny", "--world", "8", "--json")
+    assert code == 0 and [r["query_heads"] for r in json.loads(out)["ranks"]] == [1] * 8
 
 
 def test_the_digest_tells_plans_apart(published):
