@@ -5,6 +5,7 @@
 
 import codecs
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from functools import cached_property
@@ -93,8 +94,9 @@ class Text:
         add_generation_prompt: bool = True,
     ) -> str:
         """The conversation as the model reads it. Raises TextError if there is no template or it refuses."""
+        template = self._template
         try:
-            return self._template.render(
+            return template.render(
                 **self._special_tokens,
                 messages=[_with_reasoning_content(message) for message in messages],
                 tools=tools,
@@ -102,7 +104,7 @@ class Text:
                 add_generation_prompt=add_generation_prompt,
                 thinking_mode=thinking,
             )
-        except (jinja2.TemplateError, TypeError) as error:
+        except Exception as error:  # a template is a program: anything can go wrong in it
             raise TextError(f"the chat template cannot render this conversation: {error}") from error
 
     def prompt_ids(
@@ -138,7 +140,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _read_tokenizer(path: Path) -> Tokenizer:
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise TextError(f"{path}: not found; copy it from the published checkpoint")
     try:
         tokenizer = Tokenizer.from_file(str(path))
@@ -153,11 +155,18 @@ def _read_tokenizer(path: Path) -> Tokenizer:
 def _read_template(directory: Path, tokenizer_config: dict[str, Any]) -> str | None:
     """chat_template.jinja, or what older checkpoints have: `chat_template` in tokenizer_config.json."""
     path = directory / "chat_template.jinja"
-    if path.is_file():
+    try:
         return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        pass
+    except (OSError, UnicodeDecodeError) as error:
+        raise TextError(f"{path}: cannot be read: {error}") from None
     template = tokenizer_config.get("chat_template")
     if isinstance(template, list):
-        template = next((entry["template"] for entry in template if entry.get("name") == "default"), None)
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        template = named.get("default")
+    if not isinstance(template, str | None):
+        raise TextError(f"{directory / 'tokenizer_config.json'}: chat_template must be text, not {template!r}")
     return template
 
 

@@ -262,6 +262,12 @@ def test_a_template_that_refuses_is_a_text_error():
         text.render([])
 
 
+@pytest.mark.parametrize("source", ["{{ 1 / 0 }}", "{{ messages[0].nothing.more }}", "{{ 'a' + 1 }}"])
+def test_a_template_that_fails_is_a_text_error(source):
+    with pytest.raises(TextError, match="cannot render this conversation"):
+        Text(TEXT.tokenizer, template=source).render([{"role": "user", "content": "hi"}])
+
+
 def test_a_template_may_not_reach_out_of_the_sandbox():
     text = Text(TEXT.tokenizer, template="{{ messages.__class__.__mro__ }}{{ messages.append(1) }}")
     with pytest.raises(TextError):
@@ -310,6 +316,25 @@ def test_no_template_says_raw(directory):
 def test_template_in_tokenizer_config(directory):
     (directory / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ thinking_mode }}"}))
     assert Text.load(directory).render([], "disabled") == "disabled"
+
+
+@pytest.mark.parametrize("template", [7, {"default": "x"}, [{"name": "default", "template": 7}]])
+def test_a_template_that_is_no_text(directory, template):
+    (directory / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    with pytest.raises(TextError, match="tokenizer_config.json: chat_template must be text"):
+        Text.load(directory)
+
+
+def test_a_list_of_templates(directory):
+    named = [7, {"name": "tools", "template": "no"}, {"name": "default", "template": "yes"}]
+    (directory / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
+    assert Text.load(directory).render([]) == "yes"
+
+
+def test_a_template_in_another_encoding(directory):
+    (directory / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(TextError, match="chat_template.jinja: cannot be read"):
+        Text.load(directory)
 
 
 def test_damaged_config_names_the_file(directory):
