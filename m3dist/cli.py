@@ -4,10 +4,12 @@ Every value is checked here, before any process starts: a bad flag is one line t
 """
 
 import argparse
+import io
 import math
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any, NoReturn
 
@@ -21,12 +23,17 @@ from m3dist.watchdog import EXIT_PEER_LOST
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit status. Errors that m3dist raises on purpose are shown without a traceback."""
+    prepare_streams()
     argv = list(sys.argv[1:] if argv is None else argv)
     args = build_parser().parse_args(argv)
     try:
-        return args.call(args, argv)
-    except M3Error as error:
+        status = args.call(args, argv)
+        sys.stdout.flush()
+        return status
+    except (M3Error, OSError) as error:
         print(f"m3dist {args.verb}: error: {error}", file=sys.stderr)
+        if isinstance(error, OSError):  # standard output's, or no place for a temporary file
+            drop_output()
         # A lost peer is not this rank's fault: the launcher looks on for the rank that failed first.
         return EXIT_PEER_LOST if isinstance(error, CommunicationError) else 2
     except ImportError as error:
@@ -39,12 +46,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
+def prepare_streams() -> None:
+    """Standard streams that can be used whatever the caller did to them."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed, as by `2>&-`: the next file opened would take its number
+            setattr(sys, name, open(os.devnull, mode))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows ? for what it lacks
+
+
+def drop_output() -> None:
+    """Let Python's exit, which flushes standard output, find nothing to complain about."""
+    with suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Verbs
 
 
 def generate(parser: argparse.ArgumentParser, args: argparse.Namespace, argv: list[str]) -> int:
     """Be a rank if a launcher made this process one; else start -n of them; else do it all here."""
+    if args.raw and args.system:
+        parser.error("argument --system: not allowed with argument --raw, which gives the model --prompt alone")
     launch = environment.detect(os.environ)
     world = check_world(parser, args, launch)
     if launch.launcher == "single" and world > 1:
@@ -134,7 +158,7 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
     add(text, "--model", metavar="DIR|HUB_ID|tiny", type=nonempty, default=preset.model,
         help="checkpoint directory, hub id, or tiny: the one inside the package")
     add(text, "--prompt", metavar="TEXT", type=nonempty, required=True, help="what to answer; - reads standard input")
-    add(text, "--system", metavar="TEXT", help="system message")
+    add(text, "--system", metavar="TEXT", type=unicode, help="system message")
     add(text, "--thinking", choices=THINKING, default=preset.thinking, help="whether the model reasons first")
     text.add_argument("--raw", action="store_true", help="no chat template: continue the prompt as it is")
     text.add_argument("--json", action="store_true", help="print one JSON object instead of streaming text")
@@ -219,11 +243,11 @@ def real(described: str, allowed: Callable[[float], bool]) -> Callable[[str], fl
     return parse
 
 
-positive = real("more than 0", lambda x: x > 0)
+positive = real("from 1e-6 to 1e6", lambda x: 1e-6 <= x <= 1e6)  # sums and ratios of such numbers stay finite
 
 
 def positives(text: str) -> tuple[float, ...]:
-    """Comma-separated numbers, each more than 0."""
+    """Comma-separated numbers above 0."""
     return tuple(positive(part) for part in text.split(","))
 
 
@@ -235,7 +259,16 @@ def machine_memories(text: str) -> tuple[float, ...]:
     return memories
 
 
+def unicode(text: str) -> str:
+    """Text without what Python makes of bytes that are none."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError("must be text, in UTF-8") from None
+    return text
+
+
 def nonempty(text: str) -> str:
     if not text:
         raise argparse.ArgumentTypeError("must not be empty")
-    return text
+    return unicode(text)

@@ -18,6 +18,7 @@ from m3dist.checkpoint import resolve
 from m3dist.cluster.claim import claim_addresses
 from m3dist.cluster.environment import Launch
 from m3dist.comm import Comm, all_ranks, check_same, connect, versions
+from m3dist.config import ModelConfig, read_config
 from m3dist.engine import Request, generate_tokens
 from m3dist.errors import CommunicationError, M3Error
 from m3dist.loader import load
@@ -26,12 +27,12 @@ from m3dist.options import GenerateOptions
 from m3dist.progress import LoadingBar, Progress
 from m3dist.sample import Sampling
 from m3dist.text import ReasoningSplitter, Text, TextStream
-from m3dist.watchdog import EXIT_PEER_LOST, Watchdog, end_process
+from m3dist.watchdog import EXIT_PEER_LOST, Watchdog, end_process, seconds
 
 # Seconds a rank may go without finishing anything, before it ends itself: until every rank has joined; and for loading
 # one tensor, one prefill chunk or one decode step (the first of which compiles kernels).
-START_LIMIT = float(os.environ.get("M3DIST_START_LIMIT", 60))
-STEP_LIMIT = float(os.environ.get("M3DIST_STEP_LIMIT", 120))
+START_LIMIT = seconds("M3DIST_START_LIMIT", 60.0)
+STEP_LIMIT = seconds("M3DIST_STEP_LIMIT", 120.0)
 WAIT_LIMIT = 1800.0  # for ranks that load from a slower disk
 
 
@@ -51,6 +52,9 @@ def main(options: GenerateOptions, launch: Launch) -> int:
     except RuntimeError as error:
         if "connection to a peer was lost" in str(error):
             end_process(EXIT_PEER_LOST, f"rank {launch.rank}: another rank is gone ({error})", watchdog.abort)
+        if "[GatherMM::eval]" in str(error):  # MLX says so only when it computes
+            advice = f"--dtype {options.dtype}: MLX's CPU backend multiplies unquantised experts in float32 only"
+            end_process(2, f"rank {launch.rank}: {advice}; leave --dtype out", watchdog.abort)
         traceback.print_exc()
         end_process(1, f"rank {launch.rank}: {error}", watchdog.abort)
     except Exception as error:  # whatever it is, the other ranks must not wait for this one
@@ -66,8 +70,13 @@ def _run(options: GenerateOptions, launch: Launch, watchdog: Watchdog) -> int:
     watchdog.who, watchdog.abort = f"rank {comm.rank} of {comm.world}", comm.abort
     check_same(comm, {"job": job, "model": options.model} | versions())
 
-    model, directory, load_seconds = _load(options, comm, watchdog)
-    answer, request = _ask(options, directory, model)
+    watchdog.progress("download", math.inf)  # a first one takes hours
+    with all_ranks(comm):
+        directory = resolve(options.model)
+    answer, request = _ask(options, directory, comm)
+    began = time.perf_counter()
+    model = _load(options, directory, comm, watchdog)
+    load_seconds = time.perf_counter() - began
 
     def computing(phase: str) -> None:
         watchdog.progress(phase, STEP_LIMIT)
@@ -89,12 +98,8 @@ def _run(options: GenerateOptions, launch: Launch, watchdog: Watchdog) -> int:
     return 0
 
 
-def _load(options: GenerateOptions, comm: Comm, watchdog: Watchdog) -> tuple[Model, Path, float]:
-    """This rank's part of the model, the checkpoint's directory, and the seconds that reading took."""
-    watchdog.progress("download", math.inf)  # a first one takes hours
-    with all_ranks(comm):
-        directory = resolve(options.model)
-    began = time.perf_counter()
+def _load(options: GenerateOptions, directory: Path, comm: Comm, watchdog: Watchdog) -> Model:
+    """This rank's part of the model."""
     with LoadingBar(f"loading {options.model}") if comm.rank == 0 else nullcontext() as bar:
 
         def loading(progress: Progress) -> None:
@@ -106,18 +111,18 @@ def _load(options: GenerateOptions, comm: Comm, watchdog: Watchdog) -> tuple[Mod
                 bar(progress)
 
         dtype = options.dtype or dtype_of_device()
-        model = load(directory, comm, weights=options.weights, experts=options.experts, dtype=dtype, progress=loading)
-    return model, directory, time.perf_counter() - began
+        return load(directory, comm, weights=options.weights, experts=options.experts, dtype=dtype, progress=loading)
 
 
-def _ask(options: GenerateOptions, directory: Path, model: Model) -> tuple["Answer | None", Request]:
-    """What rank 0 wants computed, on every rank; and on rank 0 the answer to be."""
+def _ask(options: GenerateOptions, directory: Path, comm: Comm) -> tuple["Answer | None", Request]:
+    """What rank 0 wants computed, on every rank; and on rank 0 the answer to be. Loads nothing yet: a prompt that
+    cannot be answered is known at once."""
     answer = request = None
-    with all_ranks(model.comm):
-        if model.comm.rank == 0:
+    with all_ranks(comm):
+        if comm.rank == 0:
             answer = Answer(options, Text.load(directory))
-            request = asdict(answer.request(model.args.vocab_size))
-    return answer, Request.from_json(model.comm.object_from_rank_0(request))
+            request = asdict(answer.request(ModelConfig.from_dict(read_config(directory))))
+    return answer, Request.from_json(comm.object_from_rank_0(request))
 
 
 def timing(request: Request, began: float, times: list[float]) -> dict[str, Any]:
@@ -137,15 +142,16 @@ class Answer:
     def __init__(self, options: GenerateOptions, text: Text):
         self.options, self.text = options, text
         self.tokens: list[int] = []
+        self.max_tokens = options.max_tokens
         self.stream = TextStream(text, list(options.stop))
         self.splitter = ReasoningSplitter("disabled" if options.raw else options.thinking)
         self.reasoning, self.content = "", ""
-        self._dimmed = False
+        self._reasoned = False  # what was last shown
 
-    def request(self, vocab_size: int) -> Request:
-        """Raises M3Error where the prompt cannot be made into tokens this model has."""
+    def request(self, config: ModelConfig) -> Request:
+        """Raises M3Error where the prompt cannot be made into tokens this model has, or has room for."""
         options = self.options
-        prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
+        prompt = read_prompt() if options.prompt == "-" else options.prompt
         if options.raw:
             ids = self.text.encode(prompt)
         else:
@@ -153,13 +159,20 @@ class Answer:
             ids = self.text.prompt_ids([*system, {"role": "user", "content": prompt}], thinking=options.thinking)
         if not ids:
             raise M3Error("the prompt has no tokens; give --prompt some text")
-        if max(ids) >= vocab_size:
+        if max(ids) >= config.vocab_size:
             raise M3Error(
-                f"the tokenizer gave id {max(ids)}, but the model has {vocab_size}: they do not belong together"
+                f"the tokenizer gave id {max(ids)}, but the model has {config.vocab_size}: they do not belong together"
             )
+        most = config.max_position_embeddings
+        if len(ids) >= most:
+            raise M3Error(
+                f"the prompt has {len(ids)} tokens; with the answer this model takes at most {most}"
+                " (max_position_embeddings in config.json)"
+            )
+        self.max_tokens = min(options.max_tokens, most - len(ids))
         seed = options.seed if options.seed is not None else int.from_bytes(os.urandom(4), "little")
         sampling = Sampling(options.temperature, options.top_p, options.top_k, options.min_p)
-        return Request(ids, options.max_tokens, seed, options.prefill_chunk, sorted(self.text.stop_ids), sampling)
+        return Request(ids, self.max_tokens, seed, options.prefill_chunk, sorted(self.text.stop_ids), sampling)
 
     def add(self, token: int) -> bool:
         """Take the next token, show what can be shown; true once a stop string has come."""
@@ -170,16 +183,15 @@ class Answer:
     def finish(self, facts: dict[str, Any], ranks: list[dict[str, Any]]) -> None:
         self._show(*self.splitter.feed(self.stream.finish()))
         self._show(*self.splitter.finish())
-        if self.stream.stopped or len(self.tokens) < self.options.max_tokens:
+        if self.stream.stopped or len(self.tokens) < self.max_tokens:
             reason = "stop"
         else:
             reason = "length"
         if self.options.json:
             said = {"text": self.content, "reasoning": self.reasoning, "finish_reason": reason, "tokens": self.tokens}
-            print(json.dumps(said | facts | {"ranks": ranks}, ensure_ascii=False), flush=True)
+            self._write(json.dumps(said | facts | {"ranks": ranks}) + "\n")
             return
-        self._dim(False)
-        print(flush=True)
+        self._write("\n")
         print(report(facts, ranks), file=sys.stderr, flush=True)
 
     def _show(self, reasoning: str, content: str) -> None:
@@ -187,21 +199,30 @@ class Answer:
         self.content += content
         if self.options.json:
             return
-        for piece, dim in ((reasoning, True), (content, False)):
+        if reasoning and sys.stdout.isatty():
+            reasoning = f"\x1b[2m{reasoning}\x1b[0m"  # dim, each piece for itself: an interrupt leaves nothing dim
+        for piece, reasons in ((reasoning, True), (content, False)):
             if piece:
-                self._dim(dim)
-                sys.stdout.write(piece)
-        sys.stdout.flush()
+                self._write("\n" * (self._reasoned and not reasons) + piece)
+                self._reasoned = reasons
 
-    def _dim(self, dim: bool) -> None:
-        """Reasoning is dim on a terminal; elsewhere a line break sets the answer off from it."""
-        if dim == self._dimmed:
-            return
-        self._dimmed = dim
-        if sys.stdout.isatty():
-            sys.stdout.write("\x1b[2m" if dim else "\x1b[0m\n")
-        elif not dim:
-            sys.stdout.write("\n")
+    def _write(self, text: str) -> None:
+        try:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+        except OSError as error:
+            raise M3Error(f"standard output: {error.strerror}") from None
+
+
+def read_prompt() -> str:
+    """What standard input holds."""
+    try:
+        prompt = sys.stdin.buffer.read().decode()
+    except UnicodeDecodeError as error:
+        raise M3Error(f"--prompt -: standard input must be text, in UTF-8: {error}") from None
+    if not prompt:
+        raise M3Error("--prompt -: standard input is empty")
+    return prompt
 
 
 def report(speed: dict[str, Any], ranks: list[dict[str, Any]]) -> str:

@@ -49,6 +49,7 @@ class LoadingBar:
     def __enter__(self) -> "LoadingBar":
         if self.bar:
             self.bar.start()
+            self.bar.console.show_cursor(True)  # a rank that is ended while it loads could not bring it back
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -9,6 +9,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
+
+from m3dist.errors import M3Error
 
 EXIT_PEER_LOST = 75  # another rank is gone: that rank's own message says why
 EXIT_STALLED = 76  # nothing finished within the limit
@@ -19,11 +22,26 @@ def end_process(code: int, message: str, abort: Callable[[int], None] | None = N
 
     `abort` ends a whole MPI job: an early exit alone leaves the other ranks of one waiting in finalize.
     """
-    print(f"m3dist: {message}", file=sys.stderr, flush=True)
-    sys.stdout.flush()
+    with suppress(OSError):  # nobody reads it, or the disk is full: that must not keep us here
+        sys.stderr.write(f"m3dist: {message}\n")  # at once, so that no other rank's line gets in between
+        sys.stderr.flush()
+    with suppress(OSError):
+        sys.stdout.flush()
     if abort:
         abort(code)
     os._exit(code)
+
+
+def seconds(name: str, default: float) -> float:
+    """The limit that environment variable `name` sets. Raises M3Error, naming it, where it is no time to wait."""
+    text = os.environ.get(name, str(default))
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= threading.TIMEOUT_MAX:
+        raise M3Error(f"{name} must be a number of seconds, more than 0, not {text!r}")
+    return value
 
 
 class Watchdog:

@@ -49,8 +49,9 @@ def launched(monkeypatch, launch: Launch) -> None:
 
 
 def test_one_process(called):
-    assert run("generate", "--prompt", "hi") == 0
+    assert run("generate", "--prompt", "hi", "--system", "be") == 0
     [(options, launch)] = called
+    assert options.system == "be"
     assert launch == Launch("single")
     assert (options.model, options.prompt, options.max_tokens, options.thinking) == ("tiny", "hi", 512, "adaptive")
     assert (options.temperature, options.top_p, options.top_k, options.min_p) == (1.0, 0.95, 40, 0.0)
@@ -59,13 +60,13 @@ def test_one_process(called):
 
 def test_every_flag_arrives(called):
     flags = (
-        "--model dir --prompt hi --system be --thinking enabled --raw --json --max-tokens 1 --temperature 0 --top-p 1 "
+        "--model dir --prompt hi --thinking enabled --raw --json --max-tokens 1 --temperature 0 --top-p 1 "
         "--top-k 0 --min-p 0.5 --seed 7 --stop a --stop b --dtype float32 --experts whole --prefill-chunk 8 --weights 2"
     )
     assert run("generate", *flags.split()) == 0
     options = called[0][0]
     assert vars(options) == {
-        "model": "dir", "prompt": "hi", "system": "be", "thinking": "enabled", "raw": True, "json": True,
+        "model": "dir", "prompt": "hi", "system": None, "thinking": "enabled", "raw": True, "json": True,
         "max_tokens": 1, "temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.5, "seed": 7, "stop": ("a", "b"),
         "dtype": "float32", "experts": "whole", "prefill_chunk": 8, "weights": (2.0,),
     }  # fmt: skip
@@ -111,6 +112,9 @@ REFUSED = [
     (["serve"], "argument VERB: invalid choice: 'serve' (choose from"),
     (["generate"], "m3dist generate: error: the following arguments are required: --prompt"),
     (["generate", "--prompt", ""], "argument --prompt: must not be empty"),
+    (["generate", "--prompt", "\udcff"], "argument --prompt: must be text, in UTF-8"),
+    ([*GENERATE, "--system", "\udcff"], "argument --system: must be text, in UTF-8"),
+    ([*GENERATE, "--raw", "--system", "be"], "argument --system: not allowed with argument --raw"),
     ([*GENERATE, "--temp", "1"], "unrecognized arguments: --temp 1"),
     ([*GENERATE, "--model", ""], "argument --model: must not be empty"),
     ([*GENERATE, "--temperature", "-0.1"], "argument --temperature: must be 0 or more, not -0.1"),
@@ -131,16 +135,17 @@ REFUSED = [
     ([*GENERATE, "--prefill-chunk", "0"], "argument --prefill-chunk: must be 1 or more, not 0"),
     ([*GENERATE, "-n", "0"], "argument -n/--ranks: must be from 1 to 16, not 0"),
     ([*GENERATE, "-n", "17"], "argument -n/--ranks: must be from 1 to 16, not 17"),
-    ([*GENERATE, "--weights", "1,0"], "argument --weights: must be more than 0, not 0"),
+    ([*GENERATE, "--weights", "1,0"], "argument --weights: must be from 1e-6 to 1e6, not 0"),
+    ([*GENERATE, "--weights", "1e308,1e308"], "argument --weights: must be from 1e-6 to 1e6, not 1e308"),
     ([*GENERATE, "--weights", "1,,2"], "argument --weights: must be a number, not ''"),
     ([*GENERATE, "--weights", "1,2", "-n", "3"], "argument --weights: needs one number for each of the 3 ranks, not 2"),
     ([*GENERATE, "--weights", ",".join("1" * 17)], "17 ranks; at most 16"),
     (["plan", "--world", "2", "--machines", "1,2"], "argument --machines: not allowed with argument --world"),
     (["plan", "--machines", "1,2", "--memory", "3"], "argument --memory: not allowed with argument --machines"),
-    (["plan", "--machines", "512,-1"], "argument --machines: must be more than 0, not -1"),
+    (["plan", "--machines", "512,-1"], "argument --machines: must be from 1e-6 to 1e6, not -1"),
     (["plan", "--machines", ",".join("9" * 17)], "argument --machines: must be at most 16 machines, not 17"),
     (["plan", "--world", "0"], "argument --world: must be from 1 to 16, not 0"),
-    (["plan", "--memory", "0"], "argument --memory: must be more than 0, not 0"),
+    (["plan", "--memory", "0"], "argument --memory: must be from 1e-6 to 1e6, not 0"),
     (["plan", "--context", "0"], "argument --context: must be 1 or more, not 0"),
     (["plan", "--mode", "int4"], "argument --mode: invalid choice: 'int4'"),
     (["plan", "--bits", "9"], "argument --bits: must be from 2 to 8, not 9"),
@@ -178,8 +183,11 @@ def test_launcher_variables_that_are_wrong(called, capsys, monkeypatch):
     assert called == []
 
 
-@pytest.mark.parametrize(("error", "status"), [(PlanError("too few"), 2), (CommunicationError("gone"), 75)])
+@pytest.mark.parametrize(
+    ("error", "status"), [(PlanError("too few"), 2), (CommunicationError("gone"), 75), (OSError("no room"), 2)]
+)
 def test_our_own_errors_have_no_traceback(monkeypatch, capsys, error, status):
+    monkeypatch.setattr(cli, "drop_output", lambda: None)  # pytest's own output
     def fail(*args):
         raise error
 
@@ -211,6 +219,24 @@ def test_no_verb_is_imported_before_it_is_called(argv):
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.stderr.endswith("set()\n")
     assert done.returncode == (2 if argv == ["nonsense"] else 0)
+
+
+@pytest.mark.parametrize(
+    ("redirection", "status", "said"),
+    [
+        (">/dev/full", 2, "m3dist plan: error: [Errno 28] No space left on device\n"),
+        ("| true", 2, "m3dist plan: error: [Errno 32] Broken pipe\n"),
+        (">&-", 0, ""),
+        ("<&-", 0, ""),
+    ],
+)
+def test_standard_streams_that_cannot_be_used(redirection, status, said):
+    """Each is said in one line, or is what the caller asked for."""
+    if redirection.endswith("full") and not Path("/dev/full").exists():
+        pytest.skip("machine: no /dev/full")
+    program = f"exec 3>&1; {{ sleep 0.3; {sys.executable} -m m3dist plan; echo $? >&3; }} {redirection}"
+    done = subprocess.run(["sh", "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.stdout.splitlines()[-1], done.stderr) == (str(status), said)
 
 
 def test_python_m_m3dist():

@@ -5,6 +5,8 @@ import json
 import pytest
 
 from m3dist.cluster.environment import Launch, LaunchError, detect
+from m3dist.errors import M3Error
+from m3dist.watchdog import seconds
 
 RING = [["10.0.0.1:32323"], ["10.0.0.2:32324", "10.0.1.2:32325"]]
 DEVICES = [[None, "rdma_en5"], [["rdma_en5", "rdma_en4"], None]]
@@ -142,3 +144,11 @@ def test_bad_jaccl_coordinator(file, coordinator):
     environ = {"MLX_RANK": "0", "MLX_IBV_DEVICES": file(DEVICES)}
     with pytest.raises(LaunchError, match="MLX_JACCL_COORDINATOR must be"):
         detect(environ | ({} if coordinator is None else {"MLX_JACCL_COORDINATOR": coordinator}))
+
+
+@pytest.mark.parametrize("text", ["soon", "", "nan", "inf", "0", "-1"])
+def test_a_limit_that_is_no_time_to_wait(monkeypatch, text):
+    monkeypatch.setenv("M3DIST_STEP_LIMIT", text)
+    with pytest.raises(M3Error, match=f"M3DIST_STEP_LIMIT must be a number of seconds, more than 0, not '{text}'"):
+        seconds("M3DIST_STEP_LIMIT", 120.0)
+    assert seconds("M3DIST_START_LIMIT", 60.0) == 60.0

@@ -128,6 +128,42 @@ def test_max_tokens_is_the_reason_to_end():
     assert said["completion_tokens"] == 2 and said["finish_reason"] == "length"
 
 
+def test_the_answer_ends_where_the_context_does(endless):
+    """Its length is limited by the model's, and a prompt that leaves no room is refused before anything is loaded."""
+    config = json.loads((endless / "config.json").read_text())
+    config["text_config"]["max_position_embeddings"] = 20
+    (endless / "config.json").write_text(json.dumps(config))
+    done = run([*M3DIST, "generate", "--model", str(endless), "--json", *GREEDY[:2], "--prompt", "Hello!"])
+    said = json.loads(done.stdout)
+    assert said["prompt_tokens"] + said["completion_tokens"] == 20 and said["finish_reason"] == "length"
+    done = run([*M3DIST, "generate", "--model", str(endless), "-n", "2", *GREEDY])
+    assert done.returncode == 2 and "loading" not in done.stderr
+    assert "the prompt has 32 tokens; with the answer this model takes at most 20" in done.stderr
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("--prompt - </dev/null", "--prompt -: standard input is empty"),
+        ("--prompt - <&-", "--prompt -: standard input is empty"),
+        ("--prompt - </bin/sh", "--prompt -: standard input must be text, in UTF-8"),
+        ("--prompt Hello! | true", "standard output: Broken pipe"),
+        ("--prompt Hello! --model nowhere", "nowhere: no such directory"),
+    ],
+)
+def test_a_user_error_is_one_line(arguments, said, world):
+    flags, _, pipe = arguments.partition("|")
+    done = run(["sh", "-c", f"{{ {' '.join(M3DIST)} generate -n {world} {flags}; echo $? >&2; }} {pipe and '| true'}"])
+    assert done.stderr.splitlines()[-1] == "2" and said in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-"])
+def test_closed_streams_are_nothing_special(closed):
+    done = run(["sh", "-c", f"{' '.join(M3DIST)} generate -n 2 --temperature 0 --prompt Hello! {closed}"])
+    assert done.returncode == 0, done.stderr
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # When something goes wrong
 
