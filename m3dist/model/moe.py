@@ -138,4 +138,5 @@ class SparseMoeBlock(nn.Module):
         biased = scores + self.e_score_correction_bias
         experts = mx.argpartition(-biased, kth=self.k - 1, axis=-1)[..., : self.k]
         chosen = mx.take_along_axis(scores, experts, axis=-1)
-        return experts, chosen * (self.scale / chosen.sum(axis=-1, keepdims=True))
+        # 1e-20 as in mlx-lm: scores that all underflow must give no expert a say, not NaN.
+        return experts, chosen * (self.scale / (chosen.sum(axis=-1, keepdims=True) + 1e-20))
