@@ -21,6 +21,7 @@ from m3dist.comm import Comm
 from m3dist.errors import CheckpointError, CommunicationError, PlanError
 from m3dist.layout import COLUMNS
 from m3dist.loader import cast_floats, load, load_weights
+from m3dist.model import Model, ModelArgs
 from m3dist.plan import make_plan
 from m3dist.progress import LoadingBar, Progress
 from m3dist.reads import LARGEST, plan_reads
@@ -241,6 +242,15 @@ def test_a_tensor_that_nobody_needs_may_be_odd(tmp_path):
         file.read_bytes().replace(b'"vision_tower.odd": {"dtype": "U8"', b'"vision_tower.odd": {"dtype": "Q8"')
     )
     load_rank(open_checkpoint(path))
+
+
+def test_sanitize_minds_the_dtypes_of_its_own_tensors_alone():
+    model = Model(ModelArgs.from_dict(CONFIG))
+    weights = {name: mx.array(value) for name, value in TENSORS.items()}
+    model.sanitize(weights | {"vision_tower.position_ids": mx.arange(3, dtype=mx.int64)})
+    norm = "language_model.model.norm.weight"
+    with pytest.raises(CheckpointError, match=f"{norm}: has dtype .*int64"):
+        model.sanitize(weights | {norm: weights[norm].astype(mx.int64)})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
