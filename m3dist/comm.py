@@ -63,10 +63,9 @@ class Comm:
 def connect(backend: str | None, job: str | None = None, limit: float = 60.0) -> tuple[Comm, str]:
     """Join the world the launcher set up over `backend` (None: a world of one). Returns it and the job's id.
 
-    A rank that is still alone after `limit` seconds ends its process.
-
     The backend is always named: with "any", variables left over from another job can pick the wrong one. Under MPI the
-    ranks agree on the job id through mpi4py. Raises CommunicationError, naming the backend, where it cannot start.
+    ranks agree on the job id through mpi4py. Raises CommunicationError, naming the backend, where it cannot start; a
+    rank that is still alone after `limit` seconds ends its process.
     """
     # The router and the index scores are float32 products; in TF32 they would choose other experts and blocks.
     os.environ.setdefault("MLX_ENABLE_TF32", "0")

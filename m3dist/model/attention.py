@@ -74,6 +74,7 @@ class Attention(nn.Module):
         self._fill, self._keep = (None, None) if even else (mx.array(fill), mx.array(keep))
 
     def __call__(self, x: mx.array, positions: Positions, cache: LayerCache) -> mx.array:
+        """x [rows, tokens, hidden] -> the same shape, of all ranks' heads. Takes the tokens into the cache."""
         q = self._heads(self.q_proj, self.q_norm, x, self.config.head_dim, positions)
         k = self._heads(self.k_proj, self.k_norm, x, self.config.head_dim, positions)
         v = _split_heads(self.v_proj(x), self.config.head_dim)

@@ -45,6 +45,7 @@ class DecoderLayer(nn.Module):
         return self.block_sparse_moe if "block_sparse_moe" in self else self.mlp
 
     def __call__(self, h: mx.array, positions: Positions, cache: LayerCache) -> mx.array:
+        """The residual stream [rows, tokens, hidden] before and after this layer, the same bits on every rank."""
         h = h + self.self_attn(self.input_layernorm(h), positions, cache)
         return h + self.feed_forward(self.post_attention_layernorm(h))
 
@@ -120,10 +121,12 @@ class Model(nn.Module):
     ) -> mx.array:
         """The normalised last hidden state [rows, n, hidden_size], the same bits on every rank."""
         cache = self.make_cache() if cache is None else cache
-        for layer_cache in cache if lengths is not None else ():
+        if lengths is None:
+            return self.language_model.model(tokens, cache)
+        for layer_cache in cache:
             layer_cache.prepare(lengths)
         hidden = self.language_model.model(tokens, cache)
-        for layer_cache in cache if lengths is not None else ():
+        for layer_cache in cache:
             layer_cache.finalize()
         return hidden
 
