@@ -136,7 +136,8 @@ class Model(nn.Module):
 
     def candidates(self, hidden: mx.array, sampling: Sampling) -> Candidates:
         """The likeliest next tokens over all ranks, after the hidden state [hidden_size] of one position."""
-        local, first = self.local_logits(hidden), self.language_model.model.first_row
+        # As a matrix of one row: MLX's quantised product on CUDA (0.32.4) fails on a vector.
+        local, first = self.local_logits(hidden[None])[0], self.language_model.model.first_row
         return gather_candidates(
             local, first, max(self._vocabulary), hidden, sampling, self.comm, sum(self._vocabulary)
         )
