@@ -25,7 +25,7 @@ def select_blocks(index_q: mx.array, index_k: mx.array, positions: mx.array, c: 
     blocks = scores.reshape(rows, heads, queries, -1, c.sparse_block_size).max(axis=-1)
     number = mx.arange(blocks.shape[-1])
     if c.sparse_init_block:
-        blocks = mx.where((number < c.sparse_init_block) & (blocks > -mx.inf), 1e30, blocks)
+        blocks = mx.where(number < c.sparse_init_block, 1e30, blocks)
     age = own // c.sparse_block_size - number  # 0: the query's own block
     blocks = mx.where((age >= 0) & (age < c.sparse_local_block), mx.inf, blocks)
     return mx.argpartition(-blocks, kth=c.sparse_topk_blocks - 1, axis=-1)[..., : c.sparse_topk_blocks]

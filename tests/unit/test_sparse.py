@@ -34,7 +34,7 @@ def best_blocks(index_q, index_k, position: int, local: int, init: int) -> set[i
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(0, 10**6), st.integers(4, 9), st.sampled_from([(1, 0), (0, 0), (2, 0), (1, 1)]), st.data())
+@given(st.integers(0, 10**6), st.integers(4, 9), st.sampled_from([(1, 0), (0, 0), (2, 0), (1, 1), (1, 2)]), st.data())
 def test_selection_follows_the_document(seed, blocks, forced, data):
     local, init = forced
     c = config(sparse_local_block=local, sparse_init_block=init)
@@ -47,6 +47,15 @@ def test_selection_follows_the_document(seed, blocks, forced, data):
             causal = {int(b) for b in chosen[0, head, query] if b * BLOCK <= position}
             q, k = np.array(index_q)[0, head, query], np.array(index_k)[0, 0]
             assert causal == best_blocks(q, k, position, local, init)
+
+
+def test_bfloat16_scores_are_float32_sums():
+    """Sums rounded to bfloat16 would make ties of near-ties, and other blocks."""
+    index_q = random(1, HEADS, 200, DIM, seed=10).astype(mx.bfloat16)
+    index_k, positions = random(1, 1, 10 * BLOCK, DIM, seed=11).astype(mx.bfloat16), mx.full((1, 200), 79)
+    narrow = select_blocks(index_q, index_k, positions, config())
+    wide = select_blocks(index_q.astype(mx.float32), index_k.astype(mx.float32), positions, config())
+    assert mx.array_equal(mx.sort(narrow), mx.sort(wide))
 
 
 @pytest.mark.parametrize("queries", [1, 5])
