@@ -204,20 +204,21 @@ def _check_tiling(path: Path, tensors: list[StoredTensor], start: int, size: int
 
 
 def resolve(model: str) -> Path:
-    """The directory of a checkpoint: `model` itself, for "tiny" the one in the package, for a hub id its download.
+    """The directory of a checkpoint: for "tiny" the one in the package, else `model` itself, for a hub id its download.
 
-    Raises CheckpointError where it is none of these, or the hub does not give it.
+    "tiny" is the embedded one also where a directory has that name; that one is ./tiny. Raises CheckpointError where it
+    is none of these, or the hub does not give it.
     """
+    if model == "tiny":
+        from m3dist import tiny
+
+        return tiny.PATH
     # os.path says no where pathlib raises: a name too long, a user or a directory that is not known here
     path = os.path.expanduser(model)
     if os.path.isdir(path):
         return Path(path)
     if os.path.exists(path):
         raise CheckpointError(f"{model} is a file; name the directory with config.json and the safetensors files")
-    if model == "tiny":
-        from m3dist import tiny
-
-        return tiny.PATH
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model):
         raise CheckpointError(f"{model}: no such directory, and no Hugging Face id (owner/name) either")
     return _download(model)

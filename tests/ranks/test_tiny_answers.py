@@ -14,7 +14,7 @@ from m3dist.loader import load
 from m3dist.text import Text
 from m3dist.tiny.dialogues import held_out
 
-MAX_TOKENS = 64
+MAX_TOKENS = 96  # the longest answer has 77
 
 
 @functools.cache
