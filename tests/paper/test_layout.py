@@ -1,5 +1,6 @@
 """The cut on paper: for random models and random machines, every element is held once, or by declared repetition."""
 
+import dataclasses
 import math
 
 import pytest
@@ -184,6 +185,23 @@ def test_every_world_up_to_16_cuts_the_published_model(published):
         assert kv_heads >= max(4, world)
         if 4 % world == 0:
             assert kv_heads == 4
+
+
+def test_ranges_that_leave_a_gap_are_refused(published, monkeypatch):
+    shares = layout.divide(Inventory(published, "BF16"), [1.0] * 4)
+    monkeypatch.setattr(layout, "divide", lambda *_: shares[:2] + shares[3:])
+    with pytest.raises(PlanError, match="spans of head do not cover 64 exactly"):
+        make_plan(Inventory(published, "BF16"), 3)
+
+
+def test_the_digest_knows_config_formats_and_dtype(published):
+    bits = {"language_model.lm_head": Quantization("affine", 4, 64)}
+    other = dataclasses.replace(published, rope_theta=1e4)
+    inventories = [Inventory(published, "BF16"), Inventory(published, "F32"), Inventory(other, "BF16")]
+    inventories.append(Inventory(published, "BF16", bits))
+    assert len({make_plan(inventory, 2).digest for inventory in inventories}) == 4
+    whole = make_plan(Inventory(published, "BF16"), 1, "whole")
+    assert whole.digest != make_plan(Inventory(published, "BF16"), 1).digest
 
 
 @pytest.mark.parametrize("wrong", [0, 17, [1, 0], [1, -2], [1, math.nan], [1, math.inf]])

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from m3dist import loader
-from m3dist.checkpoint import Checkpoint, open_checkpoint
+from m3dist.checkpoint import Checkpoint, StoredTensor, open_checkpoint
 from m3dist.comm import Comm
 from m3dist.errors import CheckpointError, CommunicationError, PlanError
 from m3dist.layout import COLUMNS
@@ -24,7 +24,7 @@ from m3dist.loader import cast_floats, load, load_weights
 from m3dist.model import Model, ModelArgs
 from m3dist.plan import make_plan
 from m3dist.progress import LoadingBar, Progress
-from m3dist.reads import LARGEST, plan_reads
+from m3dist.reads import LARGEST, Read, plan_reads
 from m3dist.tensors import BYTES, FLOATS
 
 # Eight ranks get one group of 32 columns each, or one expert; three and five get unequal shares.
@@ -223,6 +223,7 @@ def test_memory_stays_at_the_slices(tmp_path):
     translation = checkpoint.translate()
     plan = make_plan(translation.inventory, 2)
     mx.clear_cache()
+    assert max(read.nbytes for read in plan_reads(checkpoint.stored, translation, plan, 1)) <= LARGEST
     held, active = plan.bytes_held(1), mx.get_active_memory()
     mx.reset_peak_memory()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -242,6 +243,27 @@ def test_a_tensor_that_nobody_needs_may_be_odd(tmp_path):
         file.read_bytes().replace(b'"vision_tower.odd": {"dtype": "U8"', b'"vision_tower.odd": {"dtype": "Q8"')
     )
     load_rank(open_checkpoint(path))
+
+
+def test_short_reads_are_continued(written, monkeypatch):
+    """The kernel may give less than was asked for."""
+    _, wanted = load_rank(written("published"), 2, 1)
+    preadv = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda file, buffers, at: preadv(file, [buffers[0][:1000]], at))
+    _, arrays = load_rank(written("published"), 2, 1)
+    assert all(np.array_equal(bits(x), bits(wanted[tensor])) for tensor, x in arrays.items())
+
+
+def test_blocks_start_again_with_every_matrix_of_a_stack(tmp_path):
+    scale = np.arange(12, dtype=np.float32).reshape(3, 2, 2)
+    (tmp_path / "file").write_bytes(scale.tobytes())
+    source = StoredTensor(tmp_path / "file", "weight", (3, 200, 130), "F8_E4M3", 0, 3 * 200 * 130)
+    stored = StoredTensor(tmp_path / "file", "scale", scale.shape, "F32", 0, scale.nbytes)
+    wanted = np.repeat(np.repeat(scale, 128, axis=1), 128, axis=2)[:, :200, :130].reshape(600, 130)
+    with loader._Files() as files:
+        for row, rows in ((0, 600), (150, 100), (350, 200)):
+            read = Read("weight", source, row, rows, 0, None, stored)
+            assert np.array_equal(loader._multipliers(read, files), wanted[row : row + rows])
 
 
 def test_sanitize_minds_the_dtypes_of_its_own_tensors_alone():
@@ -321,6 +343,18 @@ def test_this_rank_fails(copied):
     with pytest.raises(CheckpointError, match="model-00001-of-00003.safetensors"):
         load(copied.directory, peer)
     assert not peer.messages
+
+
+def test_a_model_holds_what_is_planned_and_nothing_else(written):
+    plan, arrays = load_rank(written("published"), 2, 0)
+    name = "language_model.model.norm.weight"
+    for wrong, message in (
+        ({other: x for other, x in arrays.items() if other != name}, f"{name} is missing"),
+        (arrays | {"odd.weight": arrays[name]}, "odd.weight is left over"),
+        (arrays | {name: arrays[name][1:]}, rf"{name} is \[63\], the plan says \[64\]"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            Model(ModelArgs.from_dict(CONFIG)).hold(plan, Peer(), wrong.items())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
