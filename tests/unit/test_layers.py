@@ -1,4 +1,4 @@
-"""The router, in float32 whatever is around it, and whole experts: what the ranks give adds up."""
+"""The parts of a layer: norm, router in float32 whatever is around it, and whole experts that add up over ranks."""
 
 import checkpoints
 import mlx.core as mx
@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from m3dist.model import ModelArgs
+from m3dist.model.layers import GemmaRMSNorm
 from m3dist.model.moe import SORT_FROM, SparseMoeBlock
 
 CONFIG = ModelArgs.from_dict(checkpoints.tiny_config())
@@ -14,6 +15,13 @@ CONFIG = ModelArgs.from_dict(checkpoints.tiny_config())
 
 def random(*shape: int, seed: int) -> mx.array:
     return mx.array(np.random.default_rng(seed).standard_normal(shape), dtype=mx.float32)
+
+
+def test_a_norm_follows_its_weight():
+    norm, x = GemmaRMSNorm(4, 1e-6), mx.ones((1, 4))
+    assert mx.allclose(norm(x), x)
+    norm.weight = mx.ones(4)
+    assert mx.allclose(norm(x), 2 * x)
 
 
 @pytest.mark.parametrize("quantised", [False, True])
