@@ -6,7 +6,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from m3dist.model import ModelArgs
+from m3dist.model import Model, ModelArgs
 from m3dist.model.layers import GemmaRMSNorm
 from m3dist.model.moe import SORT_FROM, SparseMoeBlock
 
@@ -61,3 +61,13 @@ def test_whole_experts_add_up(tokens):
         parts.append(part.held(x, experts, first))
     assert not parts[2].any().item()
     assert mx.allclose(sum(parts), whole(x, experts), atol=1e-5)
+
+
+def test_quantising_keeps_the_router_at_8_bits():
+    model = Model(CONFIG)
+    nn.quantize(model, 32, 4, class_predicate=model.quant_predicate)
+    found = model.inventory().quantization
+    routers = {name for name in found if name.endswith(".block_sparse_moe.gate")}
+    assert routers and all(str(found[name]) == "affine 8-bit, group 64" for name in routers)
+    assert {str(found[name]) for name in found.keys() - routers} == {"affine 4-bit, group 32"}
+    assert any(".switch_mlp." in name for name in found) and "language_model.model.embed_tokens" in found
