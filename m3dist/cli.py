@@ -181,7 +181,8 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
     add(cut, "--experts", choices=EXPERTS, default=preset.experts,
         help="cut each routed expert by columns, or give each rank whole experts")
     add(cut, "--weights", metavar="W,W,...", type=positives, help="each rank's share of the work, such as 2,1,1")
-    add(cut, "--dtype", choices=DTYPES, help="of activations and unquantised weights; default: the checkpoint's own")
+    add(cut, "--dtype", choices=DTYPES,
+        help="of activations and unquantised weights; default: bfloat16 on a GPU, float32 on the CPU")
     add(cut, "--prefill-chunk", metavar="N", type=whole(1), default=preset.prefill_chunk,
         help="tokens of the prompt computed at a time")
 

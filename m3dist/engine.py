@@ -55,13 +55,16 @@ def generate_tokens(
         mx.async_eval(packet)
         return packet
 
+    def prefilling() -> None:
+        progress(f"prefill of {len(request.prompt)} tokens, at {len(request.prompt) - prompt.size}")
+
     prompt = mx.array(request.prompt, dtype=mx.uint32)
     while prompt.size > request.prefill_chunk:
-        progress(f"prefill of {len(request.prompt)} tokens, at {len(request.prompt) - prompt.size}")
+        prefilling()
         model.hidden(prompt[None, : request.prefill_chunk], cache=cache)
         mx.eval([layer.state for layer in cache])
         prompt = prompt[request.prefill_chunk :]
-    progress(f"prefill of {len(request.prompt)} tokens, at {len(request.prompt) - prompt.size}")
+    prefilling()
     current = step(prompt)
     for number in range(request.max_tokens):
         following = step(current[:1]) if number + 1 < request.max_tokens else None

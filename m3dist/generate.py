@@ -183,10 +183,7 @@ class Answer:
     def finish(self, facts: dict[str, Any], ranks: list[dict[str, Any]]) -> None:
         self._show(*self.splitter.feed(self.stream.finish()))
         self._show(*self.splitter.finish())
-        if self.stream.stopped or len(self.tokens) < self.max_tokens:
-            reason = "stop"
-        else:
-            reason = "length"
+        reason = "stop" if self.stream.stopped or len(self.tokens) < self.max_tokens else "length"
         if self.options.json:
             said = {"text": self.content, "reasoning": self.reasoning, "finish_reason": reason, "tokens": self.tokens}
             self._write(json.dumps(said | facts | {"ranks": ranks}) + "\n")

@@ -29,7 +29,7 @@ class Cut:
 
 WHOLE = Cut()  # every rank holds all of it
 
-_ATTENTION = (
+_COMMON = (
     ("*.embed_tokens", Cut(ROWS, "vocabulary")),
     ("*.lm_head", Cut(ROWS, "vocabulary")),
     ("*.self_attn.q_proj", Cut(ROWS, "head")),
@@ -39,8 +39,6 @@ _ATTENTION = (
     ("*.self_attn.index_k_proj", WHOLE),  # one index key for all heads
     ("*.self_attn.o_proj", Cut(COLUMNS, "head")),
     ("*norm", WHOLE),
-)
-_MLP = (
     ("*.mlp.gate_up_proj", Cut(ROWS, "dense", parts=2)),
     ("*.mlp.down_proj", Cut(COLUMNS, "dense")),
     ("*.block_sparse_moe.gate", WHOLE),  # every rank routes every token
@@ -57,8 +55,8 @@ _EXPERT_COLUMNS = (
 _WHOLE_EXPERTS = (("*.switch_mlp.*", Cut(EXPERTS, "whole_expert")),)
 
 RULES: Mapping[str, tuple[tuple[str, Cut], ...]] = {
-    "columns": _ATTENTION + _MLP + _EXPERT_COLUMNS,
-    "whole": _ATTENTION + _MLP + _WHOLE_EXPERTS,
+    "columns": _COMMON + _EXPERT_COLUMNS,
+    "whole": _COMMON + _WHOLE_EXPERTS,
 }
 
 Span = tuple[int, int]  # [start, stop)

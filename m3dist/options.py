@@ -29,7 +29,7 @@ class GenerateOptions:
     min_p: float = 0.0  # in [0, 1]; 0 is off
     seed: int | None = None  # None: chosen by rank 0
     stop: tuple[str, ...] = ()  # no empty string
-    dtype: str | None = None  # one of DTYPES; None: the checkpoint's own
+    dtype: str | None = None  # one of DTYPES; None: bfloat16 on a GPU, float32 on the CPU
     experts: str = "columns"  # one of EXPERTS: how the routed experts are cut
     weights: tuple[float, ...] | None = None  # each rank's share of the work, > 0; None: equal
     prefill_chunk: int = 512  # >= 1, tokens of the prompt computed at a time

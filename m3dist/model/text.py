@@ -268,15 +268,16 @@ def take(x: mx.array, part: layout.Slice) -> mx.array:
 
 def assemble(assembly: Assembly, weights: Mapping[str, mx.array]) -> mx.array:
     """One whole tensor of ours from stored ones in memory; the loader does the same from files, a slice at a time."""
-    spec, rows = assembly.spec, []
+    spec, rows, sources = assembly.spec, [], {}
     for piece in assembly.pieces:
-        x = weights[piece.tensor]
-        if piece.scale:
-            x = _dequantize_blocks(x, weights[piece.scale])
-        elif spec.dtype == "U32" and x.dtype == mx.uint8:
-            x = x.view(mx.uint32)  # four FP8 values a word, as MLX's mxfp8 has them
-        flat = x.reshape(-1, x.shape[-1])
-        rows.append(flat[piece.row : piece.row + piece.rows])
+        if piece.tensor not in sources:  # a stack gives many pieces: dequantised once, not once a piece
+            x = weights[piece.tensor]
+            if piece.scale:
+                x = _dequantize_blocks(x, weights[piece.scale])
+            elif spec.dtype == "U32" and x.dtype == mx.uint8:
+                x = x.view(mx.uint32)  # four FP8 values a word, as MLX's mxfp8 has them
+            sources[piece.tensor] = x.reshape(-1, x.shape[-1])
+        rows.append(sources[piece.tensor][piece.row : piece.row + piece.rows])
     whole = rows[0] if len(rows) == 1 else mx.concatenate(rows)
     return whole.reshape(spec.shape).astype(DTYPES[spec.dtype])
 

@@ -66,7 +66,7 @@ def test_wide_ring(world, cases, alone):
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("world", [2, 4, 7, 8])
+@pytest.mark.parametrize("world", [2, 4, 5, 6, 7, 8])
 def test_mpi(world, cases, alone):
     assert_equal_to_one_rank(run_world("logits", world, backend="mpi", cases=cases), alone, cases)
 
