@@ -6,6 +6,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from m3dist.cache import LayerCache
 from m3dist.errors import CommunicationError
 from m3dist.model import Model
 from m3dist.sample import Sampling, choose
@@ -32,15 +33,16 @@ def generate_tokens(
     request: Request,
     finished: Callable[[int], bool] = lambda token: False,
     progress: Callable[[str], None] = lambda phase: None,
+    cache: list[LayerCache] | None = None,
 ) -> Iterator[int]:
-    """The answer's tokens, the same on every rank, without the stop token.
+    """The answer's tokens, the same on every rank, without the stop token. `cache` holds what comes before the prompt.
 
     Rank 0 samples; its token reaches the others inside the graph. The next step is started before this one's token is
     on the host. `finished` is asked on rank 0 alone, with each token; its yes travels with the step after next, so that
     all ranks stop at the same step, the others having seen one token more. Raises CommunicationError where the ranks'
     hidden states are no longer equal.
     """
-    comm, cache = model.comm, model.make_cache()
+    comm, cache = model.comm, cache or model.make_cache()
     key = mx.random.key(request.seed)
     stopping = False
 
