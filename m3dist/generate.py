@@ -1,81 +1,41 @@
 """`m3dist generate`: one prompt, one answer. Every rank runs this; rank 0 reads, tokenises, decides and prints."""
 
 import json
-import math
 import os
 import resource
 import sys
 import time
-import traceback
-from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
-from m3dist.checkpoint import resolve
-from m3dist.cluster.claim import claim_addresses
 from m3dist.cluster.environment import Launch
-from m3dist.comm import Comm, all_ranks, check_same, connect, versions
+from m3dist.comm import Comm, all_ranks
 from m3dist.config import ModelConfig, read_config
 from m3dist.engine import Request, generate_tokens
-from m3dist.errors import CommunicationError, M3Error
-from m3dist.loader import load
-from m3dist.model import Model
+from m3dist.errors import M3Error
 from m3dist.options import GenerateOptions
-from m3dist.progress import LoadingBar, Progress
+from m3dist.rank import START_LIMIT, STEP_LIMIT, find, join, load_model, run_rank
 from m3dist.sample import Sampling
 from m3dist.text import ReasoningSplitter, Text, TextStream
-from m3dist.watchdog import EXIT_PEER_LOST, Watchdog, end_process, seconds
-
-# Seconds a rank may go without finishing anything, before it ends itself: until every rank has joined; and for loading
-# one tensor, one prefill chunk or one decode step (the first of which compiles kernels).
-START_LIMIT = seconds("M3DIST_START_LIMIT", 60.0)
-STEP_LIMIT = seconds("M3DIST_STEP_LIMIT", 120.0)
-WAIT_LIMIT = 1800.0  # for ranks that load from a slower disk
-
-
-def dtype_of_device() -> str:
-    """bfloat16 on a GPU. On the CPU MLX multiplies experts in float32 only, and quantised bfloat16 ten times slower."""
-    return "float32" if mx.default_device().type == mx.DeviceType.cpu else "bfloat16"
+from m3dist.watchdog import Watchdog
 
 
 def main(options: GenerateOptions, launch: Launch) -> int:
     """Be one rank of the job, or all of it. An error ends this process at once: else it would hold up the others."""
-    watchdog = Watchdog(f"rank {launch.rank}")
-    try:
-        return _run(options, launch, watchdog)
-    except M3Error as error:
-        code = EXIT_PEER_LOST if isinstance(error, CommunicationError) else 2
-        end_process(code, f"rank {launch.rank}: {error}", watchdog.abort)
-    except RuntimeError as error:
-        if "connection to a peer was lost" in str(error):
-            end_process(EXIT_PEER_LOST, f"rank {launch.rank}: another rank is gone ({error})", watchdog.abort)
-        if "[GatherMM::eval]" in str(error):  # MLX says so only when it computes
-            advice = f"--dtype {options.dtype}: MLX's CPU backend multiplies unquantised experts in float32 only"
-            end_process(2, f"rank {launch.rank}: {advice}; leave --dtype out", watchdog.abort)
-        traceback.print_exc()
-        end_process(1, f"rank {launch.rank}: {error}", watchdog.abort)
-    except Exception as error:  # whatever it is, the other ranks must not wait for this one
-        traceback.print_exc()
-        end_process(1, f"rank {launch.rank}: {type(error).__name__}: {error}", watchdog.abort)
-    return 1
+    return run_rank(partial(_run, options, launch), launch, options.dtype)
 
 
 def _run(options: GenerateOptions, launch: Launch, watchdog: Watchdog) -> int:
-    watchdog.progress("rendezvous", START_LIMIT)
-    claim_addresses(launch, os.environ.get("MLX_HOSTFILE"))
-    comm, job = connect(launch.backend, launch.job, START_LIMIT)
-    watchdog.who, watchdog.abort = f"rank {comm.rank} of {comm.world}", comm.abort
-    check_same(comm, {"job": job, "model": options.model} | versions())
-
-    watchdog.progress("download", math.inf)  # a first one takes hours
-    with all_ranks(comm):
-        directory = resolve(options.model)
+    comm = join(launch, options.model, watchdog)
+    directory = find(options.model, comm, watchdog)
     answer, request = _ask(options, directory, comm)
     began = time.perf_counter()
-    model = _load(options, directory, comm, watchdog)
+    cut = {"weights": options.weights, "experts": options.experts}
+    model = load_model(options.model, directory, comm, watchdog, options.dtype, **cut)
     load_seconds = time.perf_counter() - began
 
     def computing(phase: str) -> None:
@@ -96,22 +56,6 @@ def _run(options: GenerateOptions, launch: Launch, watchdog: Watchdog) -> int:
         job_facts = {"world": comm.world, "backend": launch.backend, "seed": request.seed}
         answer.finish(job_facts | timing(request, began, times), ranks)
     return 0
-
-
-def _load(options: GenerateOptions, directory: Path, comm: Comm, watchdog: Watchdog) -> Model:
-    """This rank's part of the model."""
-    with LoadingBar(f"loading {options.model}") if comm.rank == 0 else nullcontext() as bar:
-
-        def loading(progress: Progress) -> None:
-            last = progress.done == progress.total
-            watchdog.progress(
-                "load on the other ranks" if last else f"load of {progress}", WAIT_LIMIT if last else STEP_LIMIT
-            )
-            if bar:
-                bar(progress)
-
-        dtype = options.dtype or dtype_of_device()
-        return load(directory, comm, weights=options.weights, experts=options.experts, dtype=dtype, progress=loading)
 
 
 def _ask(options: GenerateOptions, directory: Path, comm: Comm) -> tuple["Answer | None", Request]:

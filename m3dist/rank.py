@@ -1,0 +1,89 @@
+"""What every rank's program begins and ends with, whatever it computes: joining the others, loading, dying alone."""
+
+import math
+import os
+import traceback
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from m3dist.checkpoint import resolve
+from m3dist.cluster.claim import claim_addresses
+from m3dist.cluster.environment import Launch
+from m3dist.comm import Comm, all_ranks, check_same, connect, versions
+from m3dist.errors import CommunicationError, M3Error
+from m3dist.loader import load
+from m3dist.model import Model
+from m3dist.progress import LoadingBar, Progress
+from m3dist.watchdog import EXIT_PEER_LOST, Watchdog, end_process, seconds
+
+# Seconds a rank may go without finishing anything, before it ends itself: until every rank has joined; and for loading
+# one tensor, one prefill chunk or one decode step (the first of which compiles kernels).
+START_LIMIT = seconds("M3DIST_START_LIMIT", 60.0)
+STEP_LIMIT = seconds("M3DIST_STEP_LIMIT", 120.0)
+WAIT_LIMIT = 1800.0  # for ranks that load from a slower disk
+
+
+def dtype_of_device() -> str:
+    """bfloat16 on a GPU. On the CPU MLX multiplies experts in float32 only, and quantised bfloat16 ten times slower."""
+    return "float32" if mx.default_device().type == mx.DeviceType.cpu else "bfloat16"
+
+
+def run_rank(program: Callable[[Watchdog], int], launch: Launch, dtype: str | None) -> int:
+    """Run `program` as one rank of the job, or all of it; returns its status.
+
+    An error ends this process at once: else it would hold up the others. `dtype` is what --dtype said, for the advice.
+    """
+    watchdog = Watchdog(f"rank {launch.rank}")
+    try:
+        return program(watchdog)
+    except M3Error as error:
+        code = EXIT_PEER_LOST if isinstance(error, CommunicationError) else 2
+        end_process(code, f"rank {launch.rank}: {error}", watchdog.abort)
+    except RuntimeError as error:
+        if "connection to a peer was lost" in str(error):
+            end_process(EXIT_PEER_LOST, f"rank {launch.rank}: another rank is gone ({error})", watchdog.abort)
+        if "[GatherMM::eval]" in str(error):  # MLX says so only when it computes
+            advice = f"--dtype {dtype}: MLX's CPU backend multiplies unquantised experts in float32 only"
+            end_process(2, f"rank {launch.rank}: {advice}; leave --dtype out", watchdog.abort)
+        traceback.print_exc()
+        end_process(1, f"rank {launch.rank}: {error}", watchdog.abort)
+    except Exception as error:  # whatever it is, the other ranks must not wait for this one
+        traceback.print_exc()
+        end_process(1, f"rank {launch.rank}: {type(error).__name__}: {error}", watchdog.abort)
+    return 1
+
+
+def join(launch: Launch, model: str, watchdog: Watchdog) -> Comm:
+    """The world the launcher set up, once all its ranks are there, of one job and of one version, for one `model`."""
+    watchdog.progress("rendezvous", START_LIMIT)
+    claim_addresses(launch, os.environ.get("MLX_HOSTFILE"))
+    comm, job = connect(launch.backend, launch.job, START_LIMIT)
+    watchdog.who, watchdog.abort = f"rank {comm.rank} of {comm.world}", comm.abort
+    check_same(comm, {"job": job, "model": model} | versions())
+    return comm
+
+
+def find(model: str, comm: Comm, watchdog: Watchdog) -> Path:
+    """The directory of a checkpoint, downloaded where --model names one of the hub."""
+    watchdog.progress("download", math.inf)  # a first one takes hours
+    with all_ranks(comm):
+        return resolve(model)
+
+
+def load_model(model: str, directory: Path, comm: Comm, watchdog: Watchdog, dtype: str | None, **cut: Any) -> Model:
+    """This rank's part of the model, with a bar on rank 0. `dtype` None: the device's own; `cut`: see loader.load."""
+    with LoadingBar(f"loading {model}") if comm.rank == 0 else nullcontext() as bar:
+
+        def loading(progress: Progress) -> None:
+            last = progress.done == progress.total
+            watchdog.progress(
+                "load on the other ranks" if last else f"load of {progress}", WAIT_LIMIT if last else STEP_LIMIT
+            )
+            if bar:
+                bar(progress)
+
+        return load(directory, comm, dtype=dtype or dtype_of_device(), progress=loading, **cut)
