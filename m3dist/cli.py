@@ -17,7 +17,7 @@ from m3dist import __version__
 from m3dist.cluster import environment
 from m3dist.cluster.environment import Launch
 from m3dist.errors import CommunicationError, M3Error
-from m3dist.options import DTYPES, EXPERTS, MAX_RANKS, MODES, THINKING, GenerateOptions
+from m3dist.options import ATTENTION, DTYPES, EXPERTS, MAX_RANKS, MODES, THINKING, GenerateOptions
 from m3dist.watchdog import EXIT_PEER_LOST
 
 
@@ -180,6 +180,8 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
         help="processes to start on this machine (mlx.launch and mpirun set their number themselves)")
     add(cut, "--experts", choices=EXPERTS, default=preset.experts,
         help="cut each routed expert by columns, or give each rank whole experts")
+    add(cut, "--attention", choices=ATTENTION, default=preset.attention,
+        help="share the heads out, or give each rank all of them: a sum a layer less, for more memory; equal machines")
     add(cut, "--weights", metavar="W,W,...", type=positives, help="each rank's share of the work, such as 2,1,1")
     add(cut, "--dtype", choices=DTYPES,
         help="of activations and unquantised weights; default: bfloat16 on a GPU, float32 on the CPU")
@@ -195,6 +197,8 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
         help="hub id or directory (default: %(default)s)")
     add("--experts", choices=EXPERTS, default=EXPERTS[0],
         help="cut each routed expert by columns, or give each rank whole experts (default: %(default)s)")
+    add("--attention", choices=ATTENTION, default=ATTENTION[0],
+        help="share the heads out, or give each rank all of them (default: %(default)s)")
     add("--context", metavar="N", type=whole(1), help="tokens of context to make room for")
     add("--json", action="store_true", help="print one JSON object")
 

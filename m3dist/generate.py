@@ -34,7 +34,7 @@ def _run(options: GenerateOptions, launch: Launch, watchdog: Watchdog) -> int:
     directory = find(options.model, comm, watchdog)
     answer, request = _ask(options, directory, comm)
     began = time.perf_counter()
-    cut = {"weights": options.weights, "experts": options.experts}
+    cut = {"weights": options.weights, "experts": options.experts, "attention": options.attention}
     model = load_model(options.model, directory, comm, watchdog, options.dtype, **cut)
     load_seconds = time.perf_counter() - began
 

@@ -29,15 +29,21 @@ class Cut:
 
 WHOLE = Cut()  # every rank holds all of it
 
-_COMMON = (
-    ("*.embed_tokens", Cut(ROWS, "vocabulary")),
-    ("*.lm_head", Cut(ROWS, "vocabulary")),
+# Every rank attends with a range of the query heads; o_proj's products are summed.
+_HEADS = (
     ("*.self_attn.q_proj", Cut(ROWS, "head")),
     ("*.self_attn.k_proj", Cut(ROWS, "kv_head")),
     ("*.self_attn.v_proj", Cut(ROWS, "kv_head")),
     ("*.self_attn.index_q_proj", Cut(ROWS, "kv_head")),  # index head h selects for KV head h
     ("*.self_attn.index_k_proj", WHOLE),  # one index key for all heads
     ("*.self_attn.o_proj", Cut(COLUMNS, "head")),
+)
+# Every rank attends with all heads: one sum a layer less, for more bytes read and more cache. The residual stream is
+# then the same bits on every rank only where all of them compute alike: for machines of one kind.
+_REPLICATED = (("*.self_attn.*_proj", WHOLE),)
+_COMMON = (
+    ("*.embed_tokens", Cut(ROWS, "vocabulary")),
+    ("*.lm_head", Cut(ROWS, "vocabulary")),
     ("*norm", WHOLE),
     ("*.mlp.gate_up_proj", Cut(ROWS, "dense", parts=2)),
     ("*.mlp.down_proj", Cut(COLUMNS, "dense")),
@@ -54,17 +60,20 @@ _EXPERT_COLUMNS = (
 # Expert parallelism: every rank holds whole experts. Larger matmuls, but the router decides who works.
 _WHOLE_EXPERTS = (("*.switch_mlp.*", Cut(EXPERTS, "whole_expert")),)
 
-RULES: Mapping[str, tuple[tuple[str, Cut], ...]] = {
-    "columns": _COMMON + _EXPERT_COLUMNS,
-    "whole": _COMMON + _WHOLE_EXPERTS,
+# By how the routed experts and how the attention are cut.
+RULES: Mapping[tuple[str, str], tuple[tuple[str, Cut], ...]] = {
+    ("columns", "heads"): _COMMON + _HEADS + _EXPERT_COLUMNS,
+    ("whole", "heads"): _COMMON + _HEADS + _WHOLE_EXPERTS,
+    ("columns", "replicated"): _COMMON + _REPLICATED + _EXPERT_COLUMNS,
+    ("whole", "replicated"): _COMMON + _REPLICATED + _WHOLE_EXPERTS,
 }
 
 Span = tuple[int, int]  # [start, stop)
 
 
-def rule_for(module: str, experts: str) -> Cut:
-    """The one rule of RULES[experts] that matches a module's name. Raises PlanError for none or several."""
-    found = [(pattern, cut) for pattern, cut in RULES[experts] if fnmatchcase(module, pattern)]
+def rule_for(module: str, experts: str, attention: str) -> Cut:
+    """The one rule of RULES[experts, attention] that matches a module's name. Raises PlanError for none or several."""
+    found = [(pattern, cut) for pattern, cut in RULES[experts, attention] if fnmatchcase(module, pattern)]
     if len(found) != 1:
         patterns = ", ".join(pattern for pattern, _ in found) or "none"
         raise PlanError(f"{module}: exactly one layout rule must match, found {patterns}")
@@ -107,12 +116,12 @@ class Share:
         return Slice(cut.axis, tuple((p * part + start * size, p * part + stop * size) for p in range(cut.parts)))
 
 
-def count_units(inventory: Inventory, experts: str) -> dict[str, int]:
+def count_units(inventory: Inventory, experts: str, attention: str) -> dict[str, int]:
     """How many units there are of each kind. Column cuts keep whole quantisation groups, also of heads in o_proj."""
     c = inventory.config
     groups = {unit: 1 for unit in ("head", "dense", "expert", "shared")}
     for module in modules(c).values():
-        cut, quantization = rule_for(module.name, experts), inventory.quantization.get(module.name)
+        cut, quantization = rule_for(module.name, experts, attention), inventory.quantization.get(module.name)
         if cut.axis == COLUMNS and quantization:
             groups[cut.unit] = math.lcm(groups[cut.unit], quantization.group_size)
 
@@ -130,7 +139,7 @@ def count_units(inventory: Inventory, experts: str) -> dict[str, int]:
         "vocabulary": c.vocab_size,
         "whole_expert": c.num_local_experts,
     }
-    used = {rule_for(module, experts).unit for module in modules(c)} - {""}
+    used = {rule_for(module, experts, attention).unit for module in modules(c)}
     return {unit: counts[unit] for unit in counts if unit in used}
 
 
@@ -160,23 +169,27 @@ def allot(units: int, weights: Sequence[float], load: Sequence[float] | None = N
     return given
 
 
-def divide(inventory: Inventory, weights: Sequence[float], experts: str = "columns") -> tuple[Share, ...]:
+def divide(
+    inventory: Inventory, weights: Sequence[float], experts: str = "columns", attention: str = "heads"
+) -> tuple[Share, ...]:
     """Every rank's share. `weights`: how much each rank should take, any positive scale, one a rank.
 
     What one cut leaves uneven the next evens out: MLP columns first (the coarsest unit), then heads, then vocabulary
-    rows (the finest), by bytes read per decoded token. KV and index heads follow the query heads that need them, so a
-    KV head is held by more than one rank where its query heads are. Raises PlanError where a rank would get nothing.
+    rows (the finest), by bytes read per decoded token, those that every rank reads included. KV and index heads follow
+    the query heads that need them, so a KV head is held by more than one rank where its query heads are. Raises
+    PlanError where a rank would get nothing.
     """
     world = len(weights)
     if not 1 <= world <= LARGEST_WORLD:
         raise PlanError(f"a world of {world} ranks: 1 to {LARGEST_WORLD} are possible")
     if any(not (w > 0 and math.isfinite(w)) for w in weights):
         raise PlanError(f"weights must be positive numbers, not {list(weights)}")
-    if experts not in RULES:
-        raise PlanError(f"experts must be one of {', '.join(RULES)}, not {experts!r}")
-    counts = count_units(inventory, experts)
-    cost = _read_bytes_a_unit(inventory, counts, experts)
-    load = [0.0] * world
+    if (experts, attention) not in RULES:
+        known = " or ".join(f"{e!r}, {a!r}" for e, a in RULES)
+        raise PlanError(f"experts and attention must be {known}, not {experts!r}, {attention!r}")
+    counts = count_units(inventory, experts, attention)
+    cost, whole = _read_bytes(inventory, counts, experts, attention)
+    load = [whole] * world
     spans: dict[str, list[Span]] = {}
     for unit in (u for u in ("whole_expert", "expert", "shared", "dense", "head", "vocabulary") if u in counts):
         if counts[unit] < world:
@@ -194,16 +207,23 @@ def divide(inventory: Inventory, weights: Sequence[float], experts: str = "colum
 
 
 def query_heads(share: Share, config: ModelConfig) -> Span:
-    """The query heads [start, stop) of a rank."""
+    """The query heads [start, stop) of a rank: all of them where attention is replicated."""
+    if "head" not in share.spans:
+        return 0, config.num_attention_heads
     size = config.num_attention_heads // share.counts["head"]
     start, stop = share.spans["head"]
     return start * size, stop * size
 
 
+def kv_heads(share: Share, config: ModelConfig) -> Span:
+    """The KV heads [start, stop) of a rank, whose index heads it has too."""
+    return share.spans.get("kv_head", (0, config.num_key_value_heads))
+
+
 def head_groups(share: Share, config: ModelConfig) -> tuple[int, ...]:
     """How many of a rank's query heads read each of its KV heads, in order: (16, 6) for heads 0..21 in groups of 16."""
     (start, stop), group = query_heads(share, config), config.query_heads_per_kv_head
-    first, last = share.spans["kv_head"]
+    first, last = kv_heads(share, config)
     return tuple(min(stop, (kv + 1) * group) - max(start, kv * group) for kv in range(first, last))
 
 
@@ -216,15 +236,19 @@ def decode_fraction(module: str, config: ModelConfig) -> float:
     return 1.0
 
 
-def _read_bytes_a_unit(inventory: Inventory, counts: Mapping[str, int], experts: str) -> dict[str, float]:
-    """Bytes one decoded token reads for one unit of each kind."""
-    cost = dict.fromkeys(counts, 0.0)
+def _read_bytes(
+    inventory: Inventory, counts: Mapping[str, int], experts: str, attention: str
+) -> tuple[dict[str, float], float]:
+    """Bytes one decoded token reads for one unit of each kind; and those that every rank reads."""
+    cost, whole = dict.fromkeys(counts, 0.0), 0.0
     for name, spec in inventory.specs().items():
         module, _ = split_name(name)
-        unit = rule_for(module, experts).unit
+        unit, read = rule_for(module, experts, attention).unit, spec.nbytes * decode_fraction(module, inventory.config)
         if unit:
-            cost[unit] += spec.nbytes * decode_fraction(module, inventory.config) / counts[unit]
-    return cost
+            cost[unit] += read / counts[unit]
+        else:
+            whole += read
+    return cost, whole
 
 
 def _too_few(unit: str, count: int, world: int, config: ModelConfig) -> str:
@@ -233,4 +257,5 @@ def _too_few(unit: str, count: int, world: int, config: ModelConfig) -> str:
         "vocabulary": f"{count} vocabulary rows",
         "whole_expert": f"{count} experts",
     }.get(unit, f"the {unit} columns make {count} whole quantisation groups")
-    return f"{what}: not enough for {world} ranks. Use at most {count} ranks, or a smaller quantisation group."
+    advice = ", or --attention replicated" if unit == "head" else ""
+    return f"{what}: not enough for {world} ranks. Use at most {count} ranks, or a smaller quantisation group{advice}."

@@ -48,19 +48,20 @@ def load(
     *,
     weights: Sequence[float] | None = None,
     experts: str = "columns",
+    attention: str = "heads",
     dtype: str | None = None,
     progress: Report | None = None,
 ) -> Model:
     """This rank's part of a checkpoint's model. Every rank calls it, with the same arguments; if one fails, all raise.
 
-    `weights`: how much each rank takes, equal by default. `experts`: a key of layout.RULES. `dtype`: bfloat16, float16
-    or float32 to compute in, by default the checkpoint's own. Raises CheckpointError, ConfigError or PlanError for this
-    rank's own failure, and CommunicationError naming the other rank for its.
+    `weights`: how much each rank takes, equal by default. `experts`, `attention`: a key of layout.RULES. `dtype`:
+    bfloat16, float16 or float32 to compute in, by default the checkpoint's own. Raises CheckpointError, ConfigError or
+    PlanError for this rank's own failure, and CommunicationError naming the other rank for its.
     """
     with all_ranks(comm):
         checkpoint = open_checkpoint(directory)
         translation = checkpoint.translate(FLOAT_NAMES.get(dtype, dtype) if dtype else None)
-        plan = plan_world(translation.inventory, comm.world, weights, experts)
+        plan = plan_world(translation.inventory, comm.world, weights, experts, attention)
     check_same(comm, {"plan": plan.digest})
     with all_ranks(comm):
         model = Model(checkpoint.config)

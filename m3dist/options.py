@@ -5,6 +5,7 @@ from dataclasses import dataclass
 THINKING = ("enabled", "adaptive", "disabled")
 DTYPES = ("float32", "bfloat16", "float16")
 EXPERTS = ("columns", "whole")
+ATTENTION = ("heads", "replicated")
 MODES = ("affine", "mxfp4", "mxfp8", "nvfp4")
 MAX_RANKS = 16
 
@@ -31,5 +32,6 @@ class GenerateOptions:
     stop: tuple[str, ...] = ()  # no empty string
     dtype: str | None = None  # one of DTYPES; None: bfloat16 on a GPU, float32 on the CPU
     experts: str = "columns"  # one of EXPERTS: how the routed experts are cut
+    attention: str = "heads"  # one of ATTENTION: how the attention is cut
     weights: tuple[float, ...] | None = None  # each rank's share of the work, > 0; None: equal
     prefill_chunk: int = 512  # >= 1, tokens of the prompt computed at a time

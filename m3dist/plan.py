@@ -18,6 +18,7 @@ class Plan:
     inventory: Inventory
     weights: tuple[float, ...]
     experts: str
+    attention: str
     shares: tuple[layout.Share, ...]
 
     @property
@@ -33,7 +34,7 @@ class Plan:
         """Tensor name -> the slice `rank` holds."""
         share = self.shares[rank]
         return {
-            name: share.slice(name, spec, layout.rule_for(split_name(name)[0], self.experts))
+            name: share.slice(name, spec, layout.rule_for(split_name(name)[0], self.experts, self.attention))
             for name, spec in self.specs.items()
         }
 
@@ -59,7 +60,7 @@ class Plan:
     def cache_bytes_per_token(self, rank: int) -> int:
         """Bytes of K, V and index K that `rank` keeps for one token of context. Index K is kept by every rank."""
         c = self.inventory.config
-        first, last = self.shares[rank].spans["kv_head"]
+        first, last = layout.kv_heads(self.shares[rank], c)
         main = 2 * (last - first) * c.head_dim * c.num_hidden_layers
         index = c.sparse_index_dim * sum(c.sparse_attention_freq)
         return (main + index) * BYTES[self.inventory.dtype]
@@ -72,30 +73,36 @@ class Plan:
             "dtype": self.inventory.dtype,
             "quantization": {name: str(q) for name, q in self.inventory.quantization.items() if q},
             "experts": self.experts,
+            "attention": self.attention,
             "spans": [dict(share.spans) for share in self.shares],
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def make_plan(inventory: Inventory, weights: int | Sequence[float], experts: str = "columns") -> Plan:
-    """The plan for a world of `weights` equal ranks, or of one rank a weight.
+def make_plan(
+    inventory: Inventory, weights: int | Sequence[float], experts: str = "columns", attention: str = "heads"
+) -> Plan:
+    """The plan for a world of `weights` equal ranks, or of one rank a weight. `experts`, `attention`: a key of
+    layout.RULES.
 
     Raises PlanError, naming the tensor or the unit, where the cut cannot be made.
     """
     weights = [1.0] * weights if isinstance(weights, int) else [float(w) for w in weights]
-    plan = Plan(inventory, tuple(weights), experts, layout.divide(inventory, weights, experts))
+    plan = Plan(inventory, tuple(weights), experts, attention, layout.divide(inventory, weights, experts, attention))
     _check_covered(plan)
     return plan
 
 
-def plan_world(inventory: Inventory, world: int, weights: Sequence[float] | None, experts: str) -> Plan:
+def plan_world(
+    inventory: Inventory, world: int, weights: Sequence[float] | None, experts: str, attention: str = "heads"
+) -> Plan:
     """The plan for `world` ranks that are there already: equal ones, or of one weight each.
 
     Raises PlanError also where the weights are not as many as the ranks.
     """
     if weights is not None and len(weights) != world:
         raise PlanError(f"{len(weights)} weights for {world} ranks: give one number a rank")
-    return make_plan(inventory, weights or world, experts)
+    return make_plan(inventory, weights or world, experts, attention)
 
 
 def _check_covered(plan: Plan) -> None:

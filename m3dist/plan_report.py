@@ -11,7 +11,7 @@ from typing import Any
 from m3dist.checkpoint import open_checkpoint, resolve
 from m3dist.config import ModelConfig, read_config
 from m3dist.errors import PlanError
-from m3dist.layout import query_heads
+from m3dist.layout import kv_heads, query_heads
 from m3dist.plan import Plan, make_plan
 from m3dist.tensors import MXFP8, Inventory, Quantization, modules
 
@@ -46,11 +46,12 @@ def main(args: argparse.Namespace) -> int:
     most = inventory.config.max_position_embeddings
     if args.context and args.context > most:
         raise PlanError(f"--context: the model takes at most {most} tokens (max_position_embeddings in its config)")
+    cut = (args.experts, args.attention)
     machines = args.machines or ([args.memory] * (args.world or 1) if args.memory else None)
     if machines:
-        plan = make_plan(inventory, usable(machines, "--machines" if args.machines else "--memory"), args.experts)
+        plan = make_plan(inventory, usable(machines, "--machines" if args.machines else "--memory"), *cut)
     else:
-        plan = make_plan(inventory, args.world or 1, args.experts)
+        plan = make_plan(inventory, args.world or 1, *cut)
     ranks = [rank_report(plan, r, machines[r] if machines else None, args.context) for r in range(plan.world)]
     problems = [f"rank {r.rank}: {r.problem}" for r in ranks if r.problem]
     context = min((r.longest_context for r in ranks if r.longest_context is not None), default=None)
@@ -138,6 +139,7 @@ def rank_report(plan: Plan, rank: int, memory: float | None, context: int | None
         return stop - start
 
     start, stop = query_heads(share, c)
+    first_kv, last_kv = kv_heads(share, c)
     columns = width("expert") * (c.intermediate_size // share.counts["expert"]) if "expert" in share.counts else 0
     longest, problem = None, None
     if memory is not None:
@@ -152,7 +154,7 @@ def rank_report(plan: Plan, rank: int, memory: float | None, context: int | None
     return RankReport(
         rank=rank,
         query_heads=stop - start,
-        kv_heads=width("kv_head"),
+        kv_heads=last_kv - first_kv,
         expert_columns=columns,
         experts=width("whole_expert") or c.num_local_experts,
         vocabulary_rows=width("vocabulary"),
@@ -172,6 +174,7 @@ def as_json(
         "model": source,
         "world": plan.world,
         "cut": plan.experts,
+        "attention": plan.attention,
         "plan": plan.digest,
         "bytes": sum(spec.nbytes for spec in plan.specs.values()),
         "longest_context": context,

@@ -1,7 +1,7 @@
 """MiniMax-M3's text model: embedding, layers, head. Built whole; `shard` or the loader make it one rank's part.
 
 The module tree spells the published tensor names. The forward never asks for the world size: it computes with the
-arrays it holds and shows its sums, two a layer and one for the embedding.
+arrays it holds and shows its sums: two a layer, one where attention is replicated, and one for the embedding.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -223,13 +223,14 @@ class Model(nn.Module):
         group: mx.distributed.Group | Comm | None = None,
         weights: Sequence[float] | None = None,
         experts: str = "columns",
+        attention: str = "heads",
     ) -> Plan:
         """Keep this rank's part of the whole model, by the same plan the loader follows; returns the plan.
 
         `group` None is mx.distributed's own world; `weights` one number a rank for unequal ranks.
         """
         comm = whole_world() if group is None else group if isinstance(group, Comm) else Comm(group)
-        plan = plan_world(self.inventory(), comm.world, weights, experts)
+        plan = plan_world(self.inventory(), comm.world, weights, experts, attention)
         slices = plan.slices(comm.rank)
         held = [(name, take(x, slices[name])) for name, x in self.held_arrays()]
         self.hold(plan, comm, held)
@@ -253,7 +254,8 @@ class Model(nn.Module):
             layer.self_attn.set_groups(layout.head_groups(share, self.args))
             if plan.experts == "whole" and isinstance(layer.feed_forward, SparseMoeBlock):
                 layer.feed_forward.first_expert = share.spans["whole_expert"][0]
-            layer.self_attn.comm = layer.feed_forward.comm = comm
+            layer.self_attn.comm = Comm() if plan.attention == "replicated" else comm  # all heads: nothing to sum
+            layer.feed_forward.comm = comm
         self.comm = text.comm = comm
 
 

@@ -61,14 +61,15 @@ def test_one_process(called):
 def test_every_flag_arrives(called):
     flags = (
         "--model dir --prompt hi --thinking enabled --raw --json --max-tokens 1 --temperature 0 --top-p 1 "
-        "--top-k 0 --min-p 0.5 --seed 7 --stop a --stop b --dtype float32 --experts whole --prefill-chunk 8 --weights 2"
+        "--top-k 0 --min-p 0.5 --seed 7 --stop a --stop b --dtype float32 --experts whole --prefill-chunk 8 "
+        "--weights 2 --attention replicated"
     )
     assert run("generate", *flags.split()) == 0
     options = called[0][0]
     assert vars(options) == {
         "model": "dir", "prompt": "hi", "system": None, "thinking": "enabled", "raw": True, "json": True,
         "max_tokens": 1, "temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.5, "seed": 7, "stop": ("a", "b"),
-        "dtype": "float32", "experts": "whole", "prefill_chunk": 8, "weights": (2.0,),
+        "dtype": "float32", "experts": "whole", "attention": "replicated", "prefill_chunk": 8, "weights": (2.0,),
     }  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from m3dist import layout
 from m3dist.config import ModelConfig
 from m3dist.errors import PlanError
+from m3dist.options import ATTENTION, EXPERTS
 from m3dist.plan import make_plan
 from m3dist.tensors import Inventory, Quantization, modules, split_name
 
@@ -73,21 +74,22 @@ def inventories(draw) -> Inventory:
 
 
 weights = st.lists(st.floats(0.05, 20), min_size=1, max_size=16)
+cuts = st.sampled_from(list(layout.RULES))
 
 
 @settings(max_examples=150, deadline=None)
-@given(inventories(), weights, st.sampled_from(["columns", "whole"]))
-def test_every_element_is_held_once_or_by_declared_repetition(inventory, weights, experts):
+@given(inventories(), weights, cuts)
+def test_every_element_is_held_once_or_by_declared_repetition(inventory, weights, cut_by):
     try:
-        plan = make_plan(inventory, weights, experts)
+        plan = make_plan(inventory, weights, *cut_by)
     except PlanError as error:
         assert "not enough for" in str(error)
-        counts = layout.count_units(inventory, experts)
+        counts = layout.count_units(inventory, *cut_by)
         assert any(count < len(weights) for unit, count in counts.items() if unit != "kv_head")
         return
     slices = [plan.slices(rank) for rank in range(plan.world)]
     for name, spec in plan.specs.items():
-        cut = layout.rule_for(split_name(name)[0], experts)
+        cut = layout.rule_for(split_name(name)[0], *cut_by)
         for part in slices:
             assert part[name].axis == cut.axis
         if cut.axis is None:
@@ -105,10 +107,10 @@ def test_every_element_is_held_once_or_by_declared_repetition(inventory, weights
 
 
 @settings(max_examples=150, deadline=None)
-@given(inventories(), weights)
-def test_a_share_never_breaks_a_quantisation_group(inventory, weights):
+@given(inventories(), weights, cuts)
+def test_a_share_never_breaks_a_quantisation_group(inventory, weights, cut_by):
     try:
-        plan = make_plan(inventory, weights)
+        plan = make_plan(inventory, weights, *cut_by)
     except PlanError:
         assume(False)
     for rank in range(plan.world):
@@ -139,6 +141,27 @@ def test_query_heads_find_their_kv_head_on_their_rank(inventory, weights):
         assert owners == [head // config.query_heads_per_kv_head for head in range(start, stop)]
 
 
+@settings(max_examples=150, deadline=None)
+@given(inventories(), weights, st.sampled_from(["columns", "whole"]))
+def test_replicated_attention_is_whole_everywhere(inventory, weights, experts):
+    """Also in worlds of more ranks than heads; everything else is cut as ever."""
+    try:
+        plan = make_plan(inventory, weights, experts, "replicated")
+    except PlanError as error:
+        assert "heads" not in str(error)
+        return
+    config = inventory.config
+    for rank, share in enumerate(plan.shares):
+        held = plan.held_specs(rank)
+        for name, spec in plan.specs.items():
+            if ".self_attn." in name:
+                assert held[name] == spec
+        assert layout.query_heads(share, config) == (0, config.num_attention_heads)
+        group = config.query_heads_per_kv_head
+        assert layout.head_groups(share, config) == (group,) * config.num_key_value_heads
+        assert plan.cache_bytes_per_token(rank) == make_plan(inventory, 1).cache_bytes_per_token(0)
+
+
 @given(st.integers(1, 500), weights)
 def test_allot_gives_all_units_and_nobody_none(units, weights):
     assume(units >= len(weights))
@@ -161,18 +184,31 @@ def test_allot_evens_out_a_load(load, units):
 
 
 def test_exactly_one_rule_matches_every_tensor(published):
-    for experts in layout.RULES:
+    for cut_by in layout.RULES:
         for module in modules(published):
-            layout.rule_for(module, experts)
+            layout.rule_for(module, *cut_by)
 
 
 def test_no_rule_and_two_rules_are_errors(monkeypatch):
     with pytest.raises(PlanError, match=r"self_attn\.gate: exactly one layout rule must match, found none"):
-        layout.rule_for("language_model.model.layers.0.self_attn.gate", "columns")
-    doubled = layout.RULES["columns"] + (("*.q_proj", layout.WHOLE),)
-    monkeypatch.setattr(layout, "RULES", {"columns": doubled})
+        layout.rule_for("language_model.model.layers.0.self_attn.gate", "columns", "heads")
+    doubled = layout.RULES["columns", "heads"] + (("*.q_proj", layout.WHOLE),)
+    monkeypatch.setattr(layout, "RULES", {("columns", "heads"): doubled})
     with pytest.raises(PlanError, match=r"found \*\.self_attn\.q_proj, \*\.q_proj"):
-        layout.rule_for("language_model.model.layers.0.self_attn.q_proj", "columns")
+        layout.rule_for("language_model.model.layers.0.self_attn.q_proj", "columns", "heads")
+
+
+def test_the_flags_offer_every_rule():
+    assert set(layout.RULES) == {(experts, attention) for experts in EXPERTS for attention in ATTENTION}
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+@pytest.mark.parametrize("weights", [[1, 1, 2], [3, 1, 2, 2]])
+def test_unequal_ranks_read_by_their_weights(published, weights, attention):
+    """Heads and vocabulary make good what every rank reads alike; replicated attention is too much for the head."""
+    plan = make_plan(Inventory(published, "BF16"), weights, attention=attention)
+    times = [plan.bytes_read(rank) / weight for rank, weight in enumerate(weights)]
+    assert max(times) / min(times) < (1.01 if attention == "heads" else 2.2)
 
 
 def test_every_world_up_to_16_cuts_the_published_model(published):
@@ -185,6 +221,17 @@ def test_every_world_up_to_16_cuts_the_published_model(published):
         assert kv_heads >= max(4, world)
         if 4 % world == 0:
             assert kv_heads == 4
+
+
+def test_replicated_attention_in_every_world_up_to_16(published):
+    """No heads to even out a group of expert columns, but attention outweighs it."""
+    alone = make_plan(Inventory(published, "BF16"), 1)
+    for world in range(1, 17):
+        plan = make_plan(Inventory(published, "BF16"), world, attention="replicated")
+        read = [plan.bytes_read(rank) for rank in range(world)]
+        assert max(read) / min(read) < 1.06, world
+        attention = 2 * 60 * (2 * 64 + 2 * 4) * 128 * 6144  # q and o of 64 heads, k and v of 4, in 2 bytes
+        assert min(read) > attention + (alone.bytes_read(0) - attention) / world * 0.9
 
 
 def test_ranges_that_leave_a_gap_are_refused(published, monkeypatch):
@@ -202,9 +249,24 @@ def test_the_digest_knows_config_formats_and_dtype(published):
     assert len({make_plan(inventory, 2).digest for inventory in inventories}) == 4
     whole = make_plan(Inventory(published, "BF16"), 1, "whole")
     assert whole.digest != make_plan(Inventory(published, "BF16"), 1).digest
+    replicated = make_plan(Inventory(published, "BF16"), 1, attention="replicated")
+    assert replicated.digest != make_plan(Inventory(published, "BF16"), 1).digest
 
 
 @pytest.mark.parametrize("wrong", [0, 17, [1, 0], [1, -2], [1, math.nan], [1, math.inf]])
 def test_worlds_that_cannot_be(published, wrong):
     with pytest.raises(PlanError):
         make_plan(Inventory(published, "BF16"), wrong)
+
+
+@pytest.mark.parametrize("wrong", [("rows", "heads"), ("columns", "whole")])
+def test_cuts_that_cannot_be(published, wrong):
+    with pytest.raises(PlanError, match="experts and attention must be 'columns', 'heads' or 'whole', 'heads' or"):
+        make_plan(Inventory(published, "BF16"), 2, *wrong)
+
+
+def test_more_ranks_than_heads(published):
+    few = dataclasses.replace(published, num_attention_heads=8)
+    with pytest.raises(PlanError, match="8 parts: not enough for 9 ranks.* or --attention replicated"):
+        make_plan(Inventory(few, "BF16"), 9)
+    assert make_plan(Inventory(few, "BF16"), 9, attention="replicated").world == 9

@@ -60,6 +60,15 @@ def differences_from_shard(comm: Comm, cases: list[dict[str, Any]]) -> list[list
     return found
 
 
+def sums_of_a_step(comm: Comm, directory: str, options: dict) -> list[int]:
+    """How many layers a model has, and how many sums one step of it makes."""
+    model, made = load(Path(directory), comm, dtype="float32", **options), []
+    all_sum = comm.all_sum
+    comm.all_sum = lambda x: made.append(x) or all_sum(x)
+    mx.eval(model.hidden(mx.array([[3]])))
+    return [len(model.layers), len(made)]
+
+
 def tokens(comm: Comm, directory: str, prompt: list[int], max_tokens: int, sampling: dict, options: dict) -> list[int]:
     """Tokens of one generation, as every rank saw them."""
     model = load(Path(directory), comm, **options)

@@ -12,7 +12,7 @@ TOKENS = sum(SIZES)
 
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory) -> list[dict]:
-    """One checkpoint a layout and format, cut in columns; two of them also with whole experts and unequal ranks.
+    """One checkpoint a layout and format, cut in columns; some also with whole experts, and replicated attention.
 
     256 columns and 8 heads of 32: eight ranks get one quantisation group of 32 each.
     """
@@ -32,7 +32,10 @@ def cases(tmp_path_factory) -> list[dict]:
     ]
     tokens = np.random.default_rng(5).integers(0, config["text_config"]["vocab_size"], TOKENS).tolist()
     plain = [{"directory": str(path), "tokens": tokens, "sizes": SIZES} for path in written]
-    return plain + [case | {"options": {"experts": "whole"}} for case in (plain[0], plain[3])]
+    whole = [case | {"options": {"experts": "whole"}} for case in (plain[0], plain[3])]
+    replicated = [case | {"options": {"attention": "replicated"}} for case in (plain[2], plain[3])]
+    both = [plain[0] | {"options": {"experts": "whole", "attention": "replicated"}}]
+    return plain + replicated + both + whole
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +62,8 @@ def test_ring(world, cases, alone):
 @pytest.mark.parametrize("world", [4, 5, 8])
 def test_wide_ring(world, cases, alone):
     """A ring's sockets spin, so with more ranks than cores each sum takes tens of milliseconds: fewer cases."""
-    few = [cases[0], cases[3], cases[-1]]
-    found = [alone[0], alone[3], alone[-1]]
+    few = [cases[0], cases[3], cases[8], cases[-1]]
+    found = [alone[0], alone[3], alone[8], alone[-1]]
     short = [case | {"sizes": [TOKENS - 1, 1]} for case in few]
     assert_equal_to_one_rank(run_world("logits", world, cases=short), found, short)
 
@@ -94,6 +97,26 @@ def test_more_ranks_than_query_heads_is_refused(cases):
     """More ranks than query heads cannot be: said when planning, by every rank, with an exit status."""
     with pytest.raises(AssertionError, match="not enough for 9 ranks"):
         run_world("logits", 9, backend="mpi", cases=cases[:1])
+
+
+def test_more_ranks_than_query_heads_with_replicated_attention(tmp_path):
+    """Two heads on three ranks: every rank attends with both."""
+    wide = dict.fromkeys(("intermediate_size", "shared_intermediate_size", "dense_intermediate_size"), 128)
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    config = checkpoints.tiny_config(num_hidden_layers=2, **heads, **wide)
+    path = checkpoints.published(tmp_path, config, checkpoints.random_tensors(config, seed=8), dtype="F32")
+    case = {"directory": str(path), "tokens": list(range(TOKENS)), "sizes": SIZES}
+    cases = [case | {"options": {"attention": "replicated"}}]
+    alone = run_world("logits", 1, cases=cases)[0]
+    assert_equal_to_one_rank(run_world("logits", 3, cases=cases), alone, cases)
+
+
+def test_replicated_attention_saves_a_sum_a_layer(cases):
+    """One for the embedding; then one a layer instead of two. The sums are counted as they are made."""
+    directory = cases[0]["directory"]
+    for attention, sums in (("heads", 2), ("replicated", 1)):
+        ranks = run_world("sums_of_a_step", 2, directory=directory, options={"attention": attention})
+        assert ranks == [[4, 1 + 4 * sums]] * 2  # of four layers
 
 
 SAMPLINGS = [
