@@ -8,11 +8,13 @@ The class also answers what mlx-lm asks of a cache (`state`, `trim`, and for its
 `filter`, `extend`, `extract`), so that its generators drive our model.
 """
 
+import math
 from collections.abc import Sequence
 
 import mlx.core as mx
 
-GROWTH = 256  # slots a full buffer grows by; mlx reallocates and copies, so not too small
+GROWTH = 256  # a capacity is a multiple of it
+SPARE = 8  # a full buffer grows by an eighth at least: MLX copies it, and each new shape is traced anew
 
 
 class LayerCache:
@@ -24,6 +26,7 @@ class LayerCache:
         self.values: mx.array | None = None
         self.index_keys: mx.array | None = None
         self.lengths: list[int] = []
+        self._reserved = 0  # capacity to take when growing
         self._pending: list[int] | None = None  # rows' real tokens still to come while padded input is fed
 
     @property
@@ -39,6 +42,10 @@ class LayerCache:
         """The position of each row's next token."""
         return self.lengths or [0] * rows
 
+    def reserve(self, tokens: int) -> None:
+        """Have room for so many tokens a row from the next growth on, so that shapes stay as they are until then."""
+        self._reserved = tokens
+
     def append(self, keys: mx.array, values: mx.array, index_keys: mx.array | None = None) -> None:
         """Add the same number of tokens to every row: [rows, heads, tokens, head_dim] each.
 
@@ -46,6 +53,9 @@ class LayerCache:
         """
         rows, tokens = keys.shape[0], keys.shape[2]
         starts = self.starts(rows)
+        if index_keys is not None:
+            # Scores are float32 sums: kept so, the index keys need not be converted whole in every step.
+            index_keys = index_keys.astype(mx.float32)
         self._grow(max(starts) + tokens, keys, values, index_keys)
         self.keys = _write(self.keys, keys, starts)
         self.values = _write(self.values, values, starts)
@@ -63,8 +73,9 @@ class LayerCache:
     def _grow(self, tokens: int, *new: mx.array | None) -> None:
         if tokens <= self.capacity:
             return
-        step = -(-GROWTH // self.block_size) * self.block_size
-        extra = -(-(tokens - self.capacity) // step) * step
+        step = math.lcm(GROWTH, self.block_size)
+        wanted = max(tokens, self._reserved, self.capacity + self.capacity // SPARE)
+        extra = -(-wanted // step) * step - self.capacity
         buffers = (self.keys, self.values, self.index_keys)
         self.keys, self.values, self.index_keys = (
             None if like is None else _widen(buffer, like, extra) for buffer, like in zip(buffers, new)

@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 import mlx.core as mx
@@ -145,9 +146,14 @@ def versions() -> dict[str, str]:
 
 def agreement(hidden: mx.array) -> mx.array:
     """A uint32 [1] that differs where the bits of `hidden` do: the sum of its words, each times an odd weight."""
-    words = hidden.reshape(-1).view(mx.uint16 if hidden.dtype.size == 2 else mx.uint32).astype(mx.uint32)
-    odd = mx.arange(words.size, dtype=mx.uint32) * 2 + 1
-    return (words * odd).sum(keepdims=True)
+    words = hidden.reshape(-1).view(mx.uint16 if hidden.dtype.size == 2 else mx.uint32)
+    return (words * _odd_numbers(words.size)).sum(keepdims=True)
+
+
+@lru_cache(maxsize=4)
+def _odd_numbers(count: int) -> mx.array:
+    """uint32 [count]: 1, 3, 5, ..."""
+    return mx.arange(count, dtype=mx.uint32) * 2 + 1
 
 
 @contextmanager

@@ -11,6 +11,17 @@ from m3dist.errors import CommunicationError
 from m3dist.model import Model
 from m3dist.sample import Sampling, choose
 
+RESERVED = 4096  # tokens of an answer that caches have room for from the start
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step under way: uint32 [1] token and stop (rank 0 says so), and whether the ranks agree."""
+
+    token: mx.array
+    stop: mx.array
+    agree: mx.array
+
 
 @dataclass(frozen=True)
 class Request:
@@ -37,25 +48,29 @@ def generate_tokens(
 ) -> Iterator[int]:
     """The answer's tokens, the same on every rank, without the stop token. `cache` holds what comes before the prompt.
 
-    Rank 0 samples; its token reaches the others inside the graph. The next step is started before this one's token is
-    on the host. `finished` is asked on rank 0 alone, with each token; its yes travels with the step after next, so that
-    all ranks stop at the same step, the others having seen one token more. Raises CommunicationError where the ranks'
-    hidden states are no longer equal.
+    Rank 0 samples; its token reaches the others inside the graph (the likeliest needs no sampling: all ranks have the
+    same candidates). The next step is started before this one's token is on the host. `finished` is asked on rank 0
+    alone, with each token; its yes travels with the step after next, so that all ranks stop at the same step, the
+    others having seen one token more. Raises CommunicationError where the ranks' hidden states are no longer equal.
     """
     comm, cache = model.comm, cache or model.make_cache()
+    for layer in cache:
+        layer.reserve(layer.offset + len(request.prompt) + min(request.max_tokens, RESERVED))
     key = mx.random.key(request.seed)
     stopping = False
 
-    def step(tokens: mx.array) -> mx.array:
-        """tokens [n] -> uint32 [token, rank 0 says stop, ranks agree]."""
+    def step(tokens: mx.array) -> Step:
+        """tokens [n] -> the next, on its way."""
         nonlocal key
         hidden = model.hidden(tokens[None], cache=cache)[0, -1]
-        candidates = model.candidates(hidden, request.sampling)
-        key, now = mx.random.split(key)
-        said = mx.concatenate([choose(candidates, request.sampling, now), mx.array([stopping], dtype=mx.uint32)])
-        packet = mx.concatenate([comm.from_rank_0(said), candidates.agree[None].astype(mx.uint32)])
-        mx.async_eval(packet)
-        return packet
+        candidates = model.candidates(hidden, request.sampling, note=stopping)
+        if request.sampling.temperature == 0:
+            token = choose(candidates, request.sampling, None)  # the first of the same candidates on every rank
+        else:
+            key, now = mx.random.split(key)
+            token = comm.from_rank_0(choose(candidates, request.sampling, now))
+        mx.async_eval(token, candidates.note, candidates.agree)
+        return Step(token, candidates.note, candidates.agree)
 
     def prefilling() -> None:
         progress(f"prefill of {len(request.prompt)} tokens, at {len(request.prompt) - prompt.size}")
@@ -69,14 +84,14 @@ def generate_tokens(
     prefilling()
     current = step(prompt)
     for number in range(request.max_tokens):
-        following = step(current[:1]) if number + 1 < request.max_tokens else None
-        token, stop, agree = current.tolist()
+        following = step(current.token) if number + 1 < request.max_tokens else None
+        token = current.token.item()
         progress(f"decode step {number + 1}")
-        if not agree:
+        if not current.agree.item():
             raise CommunicationError(
                 f"the ranks' hidden states differ at step {number}: their results cannot be trusted"
             )
-        if stop or token in request.stop_ids:
+        if current.stop.item() or token in request.stop_ids:
             return
         if not stopping:
             yield token

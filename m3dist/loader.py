@@ -50,13 +50,15 @@ def load(
     experts: str = "columns",
     attention: str = "heads",
     dtype: str | None = None,
+    planned: Callable[[Plan], None] = lambda plan: None,
     progress: Report | None = None,
 ) -> Model:
     """This rank's part of a checkpoint's model. Every rank calls it, with the same arguments; if one fails, all raise.
 
     `weights`: how much each rank takes, equal by default. `experts`, `attention`: a key of layout.RULES. `dtype`:
-    bfloat16, float16 or float32 to compute in, by default the checkpoint's own. Raises CheckpointError, ConfigError or
-    PlanError for this rank's own failure, and CommunicationError naming the other rank for its.
+    bfloat16, float16 or float32 to compute in, by default the checkpoint's own. `planned` gets the plan before
+    anything is read, and may raise. Raises CheckpointError, ConfigError or PlanError for this rank's own failure, and
+    CommunicationError naming the other rank for its.
     """
     with all_ranks(comm):
         checkpoint = open_checkpoint(directory)
@@ -64,8 +66,9 @@ def load(
         plan = plan_world(translation.inventory, comm.world, weights, experts, attention)
     check_same(comm, {"plan": plan.digest})
     with all_ranks(comm):
+        planned(plan)
         model = Model(checkpoint.config)
-        model.hold(plan, comm, load_weights(checkpoint, translation, plan, comm.rank, progress).items())
+        model.hold(plan, comm, load_weights(checkpoint, translation, plan, comm.rank, progress))
     return model
 
 

@@ -23,40 +23,69 @@ class Sampling:
         return min(self.top_k or vocabulary, vocabulary)
 
 
+CHUNK = 64  # logits whose largest stands for them while the largest of all are looked for
+
+
 @dataclass(frozen=True)
 class Candidates:
     """The likeliest tokens over all ranks: logits float32 [n] and ids uint32 [n], likeliest first.
 
-    `agree` is true where all ranks computed the same hidden state, bit for bit.
+    `agree` is true where all ranks computed the same hidden state, bit for bit. `note` uint32 [1]: rank 0's.
     """
 
     logits: mx.array
     ids: mx.array
     agree: mx.array
+    note: mx.array
 
 
 def gather_candidates(
-    local: mx.array, first_row: int, widest: int, hidden: mx.array, sampling: Sampling, comm: Comm, vocabulary: int
+    local: mx.array,
+    first_row: int,
+    widest: int,
+    hidden: mx.array,
+    sampling: Sampling,
+    comm: Comm,
+    vocabulary: int,
+    note: int = 0,
 ) -> Candidates:
     """Every rank's best logits with their token ids, and a check on the hidden state they came from.
 
     local [rows held]: this rank's logits of vocabulary rows `first_row` on; `widest`: the most rows any rank holds;
-    hidden: what the logits came from. One all_gather of 2 * candidates + 1 words a rank.
+    hidden: what the logits came from; note: a number that all ranks get from rank 0. One all_gather of
+    2 * candidates + 2 words a rank.
     """
     wanted = sampling.candidates(vocabulary)
     count = min(wanted, widest)
     local = local.astype(mx.float32)
-    # Ties go to the lowest id, as argmax does, in every world.
-    order = mx.argmax(local, keepdims=True) if count == 1 else mx.argsort(-local)[:count]
+    order = largest(local, count)
     values, ids = local[order], order.astype(mx.uint32) + first_row
     if missing := count - ids.size:
         values = mx.pad(values, (0, missing), constant_values=-mx.inf)
         ids = mx.pad(ids, (0, missing))
-    packet = mx.concatenate([values.view(mx.uint32), ids, agreement(hidden)])
+    packet = mx.concatenate([values.view(mx.uint32), ids, agreement(hidden), mx.array([note], dtype=mx.uint32)])
     everyone = comm.all_gather(packet)
     values, ids = everyone[:, :count].view(mx.float32).reshape(-1), everyone[:, count : 2 * count].reshape(-1)
-    order = mx.argsort(-values)[:wanted]
-    return Candidates(values[order], ids[order], (everyone[:, -1] == everyone[0, -1]).all())
+    order = largest(values, min(wanted, values.size))
+    hashes = everyone[:, -2]
+    return Candidates(values[order], ids[order], (hashes == hashes[0]).all(), everyone[0, -1:])
+
+
+def largest(values: mx.array, count: int) -> mx.array:
+    """Where the `count` largest of values [n] stand, the largest first: uint32 [count].
+
+    Ties go to the lowest place, as argmax does, in every world. Only chunks that can matter are sorted: the `count`
+    largest are all in the `count` chunks with the largest maxima.
+    """
+    if count == 1:
+        return mx.argmax(values, keepdims=True)
+    chunks = -(-values.size // CHUNK)
+    if count >= chunks:
+        return mx.argsort(-values)[:count]
+    padded = mx.pad(values, (0, chunks * CHUNK - values.size), constant_values=-mx.inf).reshape(chunks, CHUNK)
+    kept = mx.sort(mx.argsort(-padded.max(axis=1))[:count])
+    order = mx.argsort(-padded[kept].reshape(-1))[:count]
+    return kept[order // CHUNK] * CHUNK + order % CHUNK
 
 
 def choose(candidates: Candidates, sampling: Sampling, key: mx.array | None) -> mx.array:

@@ -5,6 +5,7 @@ import mlx.nn as nn
 
 from m3dist.comm import Comm
 from m3dist.config import ModelConfig
+from m3dist.model.fusion import fused
 from m3dist.model.layers import GatedMLP, swiglu_oai
 
 SORT_FROM = 64  # (token, expert) pairs from which grouping them by expert pays
@@ -119,24 +120,47 @@ class SparseMoeBlock(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         flat = x.reshape(-1, x.shape[-1])
-        experts, weights = self.route(flat)
+        experts, scores = self.route(flat)
         if self.switch_mlp.gate_up_proj.weight.shape[0] == self.num_experts:
             routed = self.switch_mlp(flat, experts)
         else:
             routed = self.switch_mlp.held(flat, experts, self.first_expert)
-        # float32 weights: the sum over k runs in float32 and is rounded once, with the shared expert's in it.
-        y = (routed * weights[..., None]).sum(axis=-2) + self.shared_experts(flat)
-        return self.comm.all_sum(y.astype(x.dtype)).reshape(x.shape)
+        y = _combine(routed, scores, self.shared_experts(flat), self.scale)
+        return self.comm.all_sum(y).reshape(x.shape)
 
     def route(self, x: mx.array) -> tuple[mx.array, mx.array]:
-        """x [tokens, hidden] -> chosen experts uint32 [tokens, k], their weights float32 [tokens, k].
+        """x [tokens, hidden] -> chosen experts uint32 [tokens, k], their scores float32 [tokens, k].
 
         In float32 throughout: a bfloat16 router chooses other experts for some 2% of tokens. Every rank computes this
-        from the same bits, so every rank chooses alike. The bias moves the choice only, not the weights.
+        from the same bits, so every rank chooses alike. The bias moves the choice only, not the scores.
         """
-        scores = mx.sigmoid(self.gate(x.astype(mx.float32)))
-        biased = scores + self.e_score_correction_bias
-        experts = mx.argpartition(-biased, kth=self.k - 1, axis=-1)[..., : self.k]
-        chosen = mx.take_along_axis(scores, experts, axis=-1)
-        # 1e-20 as in mlx-lm: scores that all underflow must give no expert a say, not NaN.
-        return experts, chosen * (self.scale / (chosen.sum(axis=-1, keepdims=True) + 1e-20))
+        scores, losses = _score(self.gate(x.astype(mx.float32)), self.e_score_correction_bias)
+        experts = mx.argpartition(losses, kth=self.k - 1, axis=-1)[..., : self.k]
+        return experts, mx.take_along_axis(scores, experts, axis=-1)
+
+
+@fused
+def _score(logits: mx.array, bias: mx.array) -> tuple[mx.array, mx.array]:
+    """Each expert's score, and what is least for those to choose."""
+    scores = mx.sigmoid(logits)
+    return scores, -(scores + bias)
+
+
+def expert_weights(scores: mx.array, scale: float) -> list[mx.array]:
+    """Scores of the chosen experts, float32 [tokens, k] -> k weights [tokens, 1] that add up to `scale`."""
+    columns = [scores[:, i : i + 1] for i in range(scores.shape[-1])]
+    # 1e-20 as in mlx-lm: scores that all underflow must give no expert a say, not NaN.
+    factor = scale / (sum(columns[1:], columns[0]) + 1e-20)
+    return [column * factor for column in columns]
+
+
+@fused
+def _combine(routed: mx.array, scores: mx.array, shared: mx.array, scale: float) -> mx.array:
+    """routed [tokens, k, hidden], weighted by scores, plus shared [tokens, hidden]. In float32, rounded once.
+
+    Column by column, not as a sum over an axis: so it is one kernel.
+    """
+    total = shared.astype(mx.float32)
+    for i, weight in enumerate(expert_weights(scores, scale)):
+        total = total + routed[:, i].astype(mx.float32) * weight
+    return total.astype(shared.dtype)

@@ -4,7 +4,7 @@ The module tree spells the published tensor names. The forward never asks for th
 arrays it holds and shows its sums: two a layer, one where attention is replicated, and one for the embedding.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -16,9 +16,10 @@ from m3dist.cache import LayerCache
 from m3dist.comm import Comm, whole_world
 from m3dist.config import ModelConfig
 from m3dist.errors import CheckpointError
-from m3dist.model.attention import Attention, Positions
+from m3dist.model.attention import Attention
 from m3dist.model.layers import DenseMLP, GemmaRMSNorm
 from m3dist.model.moe import SparseMoeBlock
+from m3dist.model.positions import Positions
 from m3dist.plan import Plan, plan_world
 from m3dist.sample import Candidates, Sampling, gather_candidates
 from m3dist.tensors import LEAVES, Inventory, Quantization, infer_quantization, modules
@@ -44,10 +45,14 @@ class DecoderLayer(nn.Module):
     def feed_forward(self) -> SparseMoeBlock | DenseMLP:
         return self.block_sparse_moe if "block_sparse_moe" in self else self.mlp
 
-    def __call__(self, h: mx.array, positions: Positions, cache: LayerCache) -> mx.array:
-        """The residual stream [rows, tokens, hidden] before and after this layer, the same bits on every rank."""
-        h = h + self.self_attn(self.input_layernorm(h), positions, cache)
-        return h + self.feed_forward(self.post_attention_layernorm(h))
+    def __call__(
+        self, h: mx.array, more: mx.array | None, positions: Positions, cache: LayerCache
+    ) -> tuple[mx.array, mx.array]:
+        """The residual stream [rows, tokens, hidden] and what is still to be added to it, before and after this layer;
+        the same bits on every rank. The sum is left to the norm that comes next."""
+        h, x = (h, self.input_layernorm(h)) if more is None else self.input_layernorm.add(h, more)
+        h, x = self.post_attention_layernorm.add(h, self.self_attn(x, positions, cache))
+        return h, self.feed_forward(x)
 
 
 class TextModel(nn.Module):
@@ -62,10 +67,10 @@ class TextModel(nn.Module):
     def __call__(self, tokens: mx.array, cache: Sequence[LayerCache]) -> mx.array:
         """tokens [rows, n] -> the normalised last hidden state [rows, n, hidden]."""
         positions = Positions(tuple(cache[0].starts(tokens.shape[0])), tokens.shape[1])
-        h = self.embed(tokens)
+        h, more = self.embed(tokens), None
         for layer, layer_cache in zip(self.layers, cache):
-            h = layer(h, positions, layer_cache)
-        return self.norm(h)
+            h, more = layer(h, more, positions, layer_cache)
+        return self.norm.add(h, more)[1]
 
     def embed(self, tokens: mx.array) -> mx.array:
         """A token's row, from the rank that holds it: all others add zeros.
@@ -134,12 +139,13 @@ class Model(nn.Module):
         """[..., hidden_size] -> logits of the vocabulary rows this rank holds."""
         return self.language_model.logits(hidden)
 
-    def candidates(self, hidden: mx.array, sampling: Sampling) -> Candidates:
-        """The likeliest next tokens over all ranks, after the hidden state [hidden_size] of one position."""
+    def candidates(self, hidden: mx.array, sampling: Sampling, note: int = 0) -> Candidates:
+        """The likeliest next tokens over all ranks, after the hidden state [hidden_size] of one position; and rank 0's
+        note to all."""
         # As a matrix of one row: MLX's quantised product on CUDA (0.32.4) fails on a vector.
         local, first = self.local_logits(hidden[None])[0], self.language_model.model.first_row
         return gather_candidates(
-            local, first, max(self._vocabulary), hidden, sampling, self.comm, sum(self._vocabulary)
+            local, first, max(self._vocabulary), hidden, sampling, self.comm, sum(self._vocabulary), note
         )
 
     def whole_vocabulary(self, local: mx.array) -> mx.array:
@@ -196,7 +202,13 @@ class Model(nn.Module):
         if not isinstance(file_or_weights, str):
             file_or_weights = list(file_or_weights)
             self.quantize_as(self._inventory(dict(file_or_weights)).quantization)
-        return super().load_weights(file_or_weights, strict)
+        super().load_weights(file_or_weights, strict)
+        self._join()
+        return self
+
+    def _join(self) -> None:
+        for layer in self.layers:
+            layer.self_attn.join()
 
     def held_arrays(self) -> list[tuple[str, mx.array]]:
         """Name and array of everything this rank holds."""
@@ -232,14 +244,14 @@ class Model(nn.Module):
         comm = whole_world() if group is None else group if isinstance(group, Comm) else Comm(group)
         plan = plan_world(self.inventory(), comm.world, weights, experts, attention)
         slices = plan.slices(comm.rank)
-        held = [(name, take(x, slices[name])) for name, x in self.held_arrays()]
+        held = {name: take(x, slices[name]) for name, x in self.held_arrays()}
         self.hold(plan, comm, held)
         return plan
 
-    def hold(self, plan: Plan, comm: Comm, held: Iterable[tuple[str, mx.array]]) -> None:
-        """Become rank `comm.rank` of `plan` with these arrays. Raises CheckpointError where one is missing, left over
-        or of another shape than planned."""
-        share, arrays, specs = plan.shares[comm.rank], dict(held), plan.held_specs(comm.rank)
+    def hold(self, plan: Plan, comm: Comm, arrays: dict[str, mx.array]) -> None:
+        """Become rank `comm.rank` of `plan` with these arrays, by tensor name: takes them over, leaving `arrays` empty.
+        Raises CheckpointError where one is missing, left over or of another shape than planned."""
+        share, specs = plan.shares[comm.rank], plan.held_specs(comm.rank)
         if odd := sorted(specs.keys() ^ arrays.keys()):
             raise CheckpointError(f"{odd[0]} is {'missing' if odd[0] in specs else 'left over'} (of {len(odd)} such)")
         for name, spec in specs.items():
@@ -247,6 +259,7 @@ class Model(nn.Module):
                 raise CheckpointError(f"{name} is {list(arrays[name].shape)}, the plan says {list(spec.shape)}")
         self.quantize_as(plan.inventory.quantization)
         self.update(tree_unflatten(list(arrays.items())))
+        arrays.clear()  # else joining would keep what it replaces
         self._vocabulary = tuple(b - a for a, b in (s.spans["vocabulary"] for s in plan.shares))
         text = self.language_model.model
         text.first_row = share.spans["vocabulary"][0]
@@ -257,6 +270,7 @@ class Model(nn.Module):
             layer.self_attn.comm = Comm() if plan.attention == "replicated" else comm  # all heads: nothing to sum
             layer.feed_forward.comm = comm
         self.comm = text.comm = comm
+        self._join()
 
 
 def take(x: mx.array, part: layout.Slice) -> mx.array:

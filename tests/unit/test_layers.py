@@ -8,7 +8,7 @@ import pytest
 
 from m3dist.model import Model, ModelArgs
 from m3dist.model.layers import GemmaRMSNorm
-from m3dist.model.moe import SORT_FROM, SparseMoeBlock
+from m3dist.model.moe import SORT_FROM, SparseMoeBlock, expert_weights
 
 CONFIG = ModelArgs.from_dict(checkpoints.tiny_config())
 
@@ -36,7 +36,8 @@ def test_bfloat16_tokens_are_routed_in_float32(quantised):
         scales, biases = (part.astype(mx.float32) for part in (block.gate.scales, block.gate.biases))
         weight = mx.dequantize(block.gate.weight, scales, biases, 64, 8)
     x = random(200, CONFIG.hidden_size, seed=3).astype(mx.bfloat16)
-    experts, weights = block.route(x)
+    experts, found = block.route(x)
+    weights = mx.concatenate(expert_weights(found, block.scale), axis=-1)
     scores = 1 / (1 + np.exp(-np.array(x.astype(mx.float32), np.float64) @ np.array(weight).T))
     best = np.argsort(-(scores + np.array(block.e_score_correction_bias)))[:, : CONFIG.num_experts_per_tok]
     assert (np.sort(best) == np.sort(np.array(experts))).all()

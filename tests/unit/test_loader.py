@@ -354,7 +354,7 @@ def test_a_model_holds_what_is_planned_and_nothing_else(written):
         (arrays | {name: arrays[name][1:]}, rf"{name} is \[63\], the plan says \[64\]"),
     ):
         with pytest.raises(CheckpointError, match=message):
-            Model(ModelArgs.from_dict(CONFIG)).hold(plan, Peer(), wrong.items())
+            Model(ModelArgs.from_dict(CONFIG)).hold(plan, Peer(), wrong)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
