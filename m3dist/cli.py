@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
+from importlib.util import find_spec
 from typing import Any, NoReturn
 
 from m3dist import __version__
@@ -72,21 +73,65 @@ def generate(parser: argparse.ArgumentParser, args: argparse.Namespace, argv: li
     launch = environment.detect(os.environ)
     world = check_world(parser, args, launch)
     if launch.launcher == "single" and world > 1:
-        from m3dist.cluster.local import run_local
+        return start_ranks(argv, world)
+    watch_launcher()
+    from m3dist.bench.program import main as bench_main
 
-        return run_local(argv, world)
+    return bench_main(options, launch)
 
     from m3dist.cluster import lifeline
 
     lifeline.watch()
+    if args.prompt == "-" and launch.launcher == "mlx.launch":
+        parser.error(
+            "argument --prompt: - does not work under mlx.launch, which never passes on the end of standard input; "
+            "give the text itself"
+        )
+    if launch.launcher == "single" and world > 1:
+        return start_ranks(argv, world)
+    watch_launcher()
     from m3dist.generate import main as generate_main
 
     return generate_main(generate_options(args), launch)
 
 
+def bench(parser: argparse.ArgumentParser, args: argparse.Namespace, argv: list[str]) -> int:
+    """As generate; first of all, what can be known to fail."""
+    launch = environment.detect(os.environ)
+    world = check_world(parser, args, launch)
+    options = bench_options(args)
+    check_bench(parser, options, world)
+
+
 def check_world(parser: argparse.ArgumentParser, args: argparse.Namespace, launch: Launch) -> int:
     """The number of ranks, if the flags agree with the launcher and with each other; else ends the program."""
     world = launch.world
+
+def check_bench(parser: argparse.ArgumentParser, options: BenchOptions, world: int) -> None:
+    """Whether the flags agree with each other, with the model and with what is installed; else ends the program."""
+    if not options.random and (options.layers or options.set):
+        flag = "--layers" if options.layers else "--set"
+        parser.error(f"argument {flag}: needs --random: a checkpoint is measured as it is")
+    if options.plot and not find_spec("matplotlib"):
+        parser.error("argument --plot: needs matplotlib: pip install 'm3dist[plot]'")
+    if options.plot and not os.path.isdir(os.path.dirname(options.plot) or "."):
+        parser.error(f"argument --plot: {os.path.dirname(options.plot)} is no directory")
+    if options.vs and not find_spec("mlx_lm"):
+        parser.error("argument --vs: needs mlx-lm: pip install mlx-lm==0.32.2")
+    from m3dist.bench.subject import check
+
+    check(options, world)
+
+
+def start_ranks(argv: list[str], world: int) -> int:
+    """Run this command in `world` processes on this machine."""
+    from m3dist.cluster.local import run_local
+
+    return run_local(argv, world)
+
+
+def watch_launcher() -> None:
+    """End with the launcher, whatever ends it."""
     if launch.launcher == "single":
         world = args.ranks or len(args.weights or "1")
     elif args.ranks and world and args.ranks != world:
@@ -98,11 +143,6 @@ def check_world(parser: argparse.ArgumentParser, args: argparse.Namespace, launc
         parser.error(f"{launch.launcher} started {world} ranks; at most {MAX_RANKS} can share this model")
     if world and args.weights and len(args.weights) != world:
         parser.error(f"argument --weights: needs one number for each of the {world} ranks, not {len(args.weights)}")
-    if args.prompt == "-" and launch.launcher == "mlx.launch":
-        parser.error(
-            "argument --prompt: - does not work under mlx.launch, which never passes on the end of standard input; "
-            "give the text itself"
-        )
     return world or 1
 
 
@@ -122,6 +162,11 @@ def plan(parser: argparse.ArgumentParser, args: argparse.Namespace, argv: list[s
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Flags
+def bench_options(args: argparse.Namespace) -> BenchOptions:
+    values = {name: value for name, value in vars(args).items() if name in BenchOptions.__dataclass_fields__}
+    return BenchOptions(**values)
+
+
 
 
 class Parser(argparse.ArgumentParser):
@@ -150,10 +195,6 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(call=partial(generate, parser))
     preset = GenerateOptions(prompt="")
 
-    def add(group: Any, *flags: str, default: Any = None, help: str, **kwargs: Any) -> None:
-        suffix = " (default: %(default)s)" if default is not None else ""
-        group.add_argument(*flags, default=default, help=help + suffix, **kwargs)
-
     text = parser.add_argument_group("text")
     add(text, "--model", metavar="DIR|HUB_ID|tiny", type=nonempty, default=preset.model,
         help="checkpoint directory, hub id, or tiny: the one inside the package")
@@ -176,17 +217,53 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
     add(sampling, "--stop", metavar="TEXT", type=nonempty, action="append", help="end before TEXT; repeatable")
 
     cut = parser.add_argument_group("the cut")
+    add_bench(verbs.add_parser("bench", help="measure speed and memory here, and compare with mlx-lm"))
     add(cut, "-n", "--ranks", metavar="N", type=whole(1, MAX_RANKS),
         help="processes to start on this machine (mlx.launch and mpirun set their number themselves)")
     add(cut, "--experts", choices=EXPERTS, default=preset.experts,
+def add(group: Any, *flags: str, default: Any = None, help: str, **kwargs: Any) -> None:
+    """A flag whose help ends with its default, where it has one."""
+    suffix = f" (default: {default})" if default is not None and default != () else ""
+    group.add_argument(*flags, default=default, help=help + suffix, **kwargs)
+
+
         help="cut each routed expert by columns, or give each rank whole experts")
     add(cut, "--attention", choices=ATTENTION, default=preset.attention,
         help="share the heads out, or give each rank all of them: a sum a layer less, for more memory; equal machines")
     add(cut, "--weights", metavar="W,W,...", type=positives, help="each rank's share of the work, such as 2,1,1")
     add(cut, "--dtype", choices=DTYPES,
         help="of activations and unquantised weights; default: bfloat16 on a GPU, float32 on the CPU")
-    add(cut, "--prefill-chunk", metavar="N", type=whole(1), default=preset.prefill_chunk,
-        help="tokens of the prompt computed at a time")
+    return cut
+
+
+def add_bench(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Measure prefill and decode here, on any launcher: where the time goes, and how mlx-lm does."
+    parser.set_defaults(call=partial(bench, parser))
+    preset = BenchOptions()
+
+    model = parser.add_argument_group("model")
+    add(model, "--model", metavar="DIR|HUB_ID|tiny", type=nonempty,
+        help="checkpoint to load (default: tiny); with --random the one whose config is taken (default: MiniMax-M3)")
+    add(model, "--random", choices=RANDOM, metavar="FORMAT",
+        help=f"no checkpoint: random weights in one of {', '.join(RANDOM)}")
+    add(model, "--layers", metavar="N", type=whole(1), help="with --random: the model's first N layers only")
+    add(model, "--set", metavar="FIELD=VALUE,...", type=settings, default=(),
+        help="with --random: other numbers than the config's, such as hidden_size=1024,moe_layer_freq=0111")
+
+    runs = parser.add_argument_group("runs")
+    add(runs, "--decode", metavar="N,N,...", type=counts,
+        help="contexts to decode at; default: 512,16384,32768, as far as the model goes")
+    add(runs, "--prefill", metavar="N,N,...", type=counts,
+        help="prompts to prefill; default: 2048,8192, as far as the model goes")
+    add(runs, "--chunk-at", metavar="N,N,...", type=counts, default=(), help="depths at which to prefill one chunk")
+    add(runs, "--chunk", metavar="N", type=whole(1), default=preset.chunk, help="tokens of our prefill at a time")
+    add(runs, "--tokens", metavar="N", type=whole(1), default=preset.tokens, help="tokens of a decode run")
+    add(runs, "--repeats", metavar="N", type=whole(1), default=preset.repeats, help="runs for each figure")
+    add(runs, "--vs", choices=("mlx-lm",), help="also run mlx-lm's model, on the same weights, in turn with ours")
+    runs.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    add(runs, "--plot", metavar="FILE", type=nonempty, help="draw decode against context, as FILE.png or .svg")
+
+    add_cut(parser, preset)
 
 
 def add_plan(parser: argparse.ArgumentParser) -> None:
@@ -211,6 +288,13 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
     add("--mode", choices=MODES, help="format of the quantised weights")
     add("--bits", metavar="N", type=whole(2, 8), help="bits of one quantised weight")
     add("--group-size", metavar="N", type=whole(16), help="weights that share one scale")
+    cut = add_cut(parser, preset)
+    add(cut, "--prefill-chunk", metavar="N", type=whole(1), default=preset.prefill_chunk,
+        help="tokens of the prompt computed at a time")
+
+
+def add_cut(parser: argparse.ArgumentParser, preset: GenerateOptions | BenchOptions) -> Any:
+    """The group of flags that say how many ranks there are and what each holds."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -277,3 +361,16 @@ def nonempty(text: str) -> str:
     if not text:
         raise argparse.ArgumentTypeError("must not be empty")
     return unicode(text)
+def counts(text: str) -> tuple[int, ...]:
+    """Comma-separated whole numbers, 1 or more; or the word none, for no number at all."""
+    return () if text == "none" else tuple(whole(1)(part) for part in text.split(","))
+
+
+def settings(text: str) -> tuple[tuple[str, str], ...]:
+    """Comma-separated FIELD=VALUE."""
+    pairs = tuple(part.partition("=") for part in text.split(","))
+    if bad := [name for name, equals, value in pairs if not (name and equals and value)]:
+        raise argparse.ArgumentTypeError(f"must be FIELD=VALUE, not {bad[0]!r}")
+    return tuple((name, value) for name, _, value in pairs)
+
+

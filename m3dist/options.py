@@ -1,4 +1,4 @@
-"""What `m3dist generate` was asked to do, and the words the flags know. No MLX."""
+"""What `m3dist generate` and `m3dist bench` were asked to do, and the words the flags know. No MLX."""
 
 from dataclasses import dataclass
 
@@ -7,6 +7,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 EXPERTS = ("columns", "whole")
 ATTENTION = ("heads", "replicated")
 MODES = ("affine", "mxfp4", "mxfp8", "nvfp4")
+RANDOM = ("4bit", "3bit", "5bit", "6bit", "8bit", "mxfp4", "mxfp8", "nvfp4", "bf16", "f32")
 MAX_RANKS = 16
 
 
@@ -35,3 +36,26 @@ class GenerateOptions:
     attention: str = "heads"  # one of ATTENTION: how the attention is cut
     weights: tuple[float, ...] | None = None  # each rank's share of the work, > 0; None: equal
     prefill_chunk: int = 512  # >= 1, tokens of the prompt computed at a time
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """One bench. Every value is in range; `weights`, if given, has one entry per rank."""
+
+    model: str | None = None  # directory, hub id or "tiny"; with `random` a published name. None: tiny, or MiniMax-M3
+    random: str | None = None  # one of RANDOM: make weights of this format instead of loading any
+    layers: int | None = None  # >= 1: how many of the model's layers random weights are made for
+    set: tuple[tuple[str, str], ...] = ()  # (field of the config, value) for random weights
+    decode: tuple[int, ...] | None = None  # contexts, >= 1 each; None: the usual ones, as far as the model goes
+    prefill: tuple[int, ...] | None = None  # tokens of a prompt, >= 1 each; None: as above
+    chunk_at: tuple[int, ...] = ()  # depths at which `chunk` tokens are prefilled
+    chunk: int = 512  # >= 1, tokens of the prompt computed at a time
+    tokens: int = 64  # >= 1, of a decode run
+    repeats: int = 5  # >= 1
+    vs: str | None = None  # "mlx-lm", or nothing to compare with
+    json: bool = False  # end with one JSON line
+    plot: str | None = None  # file for a picture of decode
+    dtype: str | None = None  # one of DTYPES; None: bfloat16 on a GPU, float32 on the CPU
+    experts: str = "columns"  # one of EXPERTS
+    attention: str = "heads"  # one of ATTENTION
+    weights: tuple[float, ...] | None = None  # each rank's share of the work, > 0; None: equal

@@ -1,0 +1,271 @@
+"""The bench as every rank runs it: build or load, compare with mlx-lm, measure; rank 0 prints."""
+
+import json
+import random
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import mlx.core as mx
+
+from m3dist.bench import report
+from m3dist.bench.machine import measure_machine
+from m3dist.bench.runners import Ours, collectives, decode, muted, prefill, random_cache, timed_steps
+from m3dist.bench.statistics import ratio
+from m3dist.bench.subject import SAFETENSORS, cache_read_bytes, lengths, published, random_inventory
+from m3dist.bench.weights import random_weights
+from m3dist.checkpoint import open_checkpoint
+from m3dist.cluster.environment import Launch
+from m3dist.comm import Comm, all_ranks, check_same
+from m3dist.errors import M3Error
+from m3dist.model import Model
+from m3dist.options import BenchOptions
+from m3dist.plan import Plan, plan_world
+from m3dist.rank import STEP_LIMIT, dtype_of_device, find, join, load_model, run_rank
+from m3dist.watchdog import Watchdog
+
+COMPARED = 16  # tokens of the prompt on which ours and mlx-lm's must agree
+TOLERANCE = 1e-3  # of the largest logit, in float32; other dtypes round too much for a limit
+
+
+def main(options: BenchOptions, launch: Launch) -> int:
+    """Be one rank of the bench, or all of it."""
+    return run_rank(partial(_run, options, launch), launch, options.dtype)
+
+
+def _run(options: BenchOptions, launch: Launch, watchdog: Watchdog) -> int:
+    comm = join(launch, f"{options.model} {options.random}", watchdog)
+
+    def progress(phase: str) -> None:
+        watchdog.progress(phase, STEP_LIMIT)
+
+    began = time.perf_counter()
+    model, plan, source = subject(options, comm, watchdog, progress)
+    seconds = time.perf_counter() - began
+    options = lengths(options, model.args)
+    bench = Bench(options, comm, plan, model, progress)
+    result = {
+        "m3dist": version("m3dist"),
+        "mlx": version("mlx"),
+        "mlx_lm": version("mlx-lm") if options.vs else None,
+        "device": device_name(),
+        "backend": launch.backend,
+        "world": comm.world,
+        "model": source,
+        "dtype": plan.inventory.dtype,
+        "random": options.random,
+        "cut": {"experts": plan.experts, "attention": options.attention, "weights": list(plan.weights)},
+        "config": published(model.args),
+        "build_seconds" if options.random else "load_seconds": seconds,
+        "tokens": options.tokens,
+        "repeats": options.repeats,
+        "caches": "filled with random keys and values, the same for both" if options.vs else
+        "filled with random keys and values",
+    } | bench.measure()  # fmt: skip
+    progress("the end")
+    result["memory"] = comm.gather_objects(
+        {"weights_bytes": sum(x.nbytes for _, x in model.held_arrays()), "peak_bytes": bench.peak}
+    )
+    watchdog.stop()
+    if comm.rank == 0:
+        show(options, result)
+    return 0
+
+
+def subject(
+    options: BenchOptions, comm: Comm, watchdog: Watchdog, progress: Callable[[str], None]
+) -> tuple[Model, Plan, str]:
+    """The model that is measured, its plan, and a word on where it is from."""
+    dtype = options.dtype or dtype_of_device()
+    cut = {"weights": options.weights, "experts": options.experts, "attention": options.attention}
+    if not options.random:
+        directory = find(options.model or "tiny", comm, watchdog)
+        model = load_model(str(options.model), directory, comm, watchdog, dtype, **cut)
+        inventory = open_checkpoint(directory).translate(SAFETENSORS[dtype]).inventory
+        return model, plan_world(inventory, comm.world, **cut), str(directory)
+    with all_ranks(comm):
+        inventory, source = random_inventory(options, dtype)
+        on_cpu = mx.default_device().type == mx.DeviceType.cpu
+        if on_cpu and not inventory.quantization and inventory.dtype != "F32":
+            raise M3Error(f"--random {options.random}: MLX's CPU backend multiplies such experts in float32 only")
+        plan = plan_world(inventory, comm.world, **cut)
+    check_same(comm, {"plan": plan.digest})
+    with all_ranks(comm):
+        model = Model(inventory.config)
+        model.hold(plan, comm, random_weights(plan, comm.rank, progress))
+    return model, plan, source
+
+
+class Bench:
+    """The measurements, in the order in which they are printed. Every rank makes each; rank 0 says so as it goes."""
+
+    def __init__(self, options: BenchOptions, comm: Comm, plan: Plan, model: Model, progress: Callable[[str], None]):
+        self.options, self.comm, self.plan, self.model, self.progress = options, comm, plan, model, progress
+        self.runners: list[Any] = [Ours(model, options.chunk, progress)]
+        self.peak = 0
+
+    @property
+    def ours(self) -> Ours:
+        return self.runners[0]
+
+    def measure(self) -> dict[str, Any]:
+        """Everything that was asked for, as it stands in the JSON."""
+        found: dict[str, Any] = {"machine": self.machine(), "agreement": None}
+        if self.options.vs:
+            from m3dist.bench.peer import build_peer
+
+            with all_ranks(self.comm):
+                self.runners.append(build_peer(self.model, self.plan, self.comm, self.progress))
+            found["agreement"] = self.agreement()
+        found["decode"] = [self.decode(n, found["machine"]) for n in self.options.decode]
+        prompts = [(n, 0) for n in self.options.prefill] + [(self.options.chunk, n) for n in self.options.chunk_at]
+        found["prefill"] = [self.prefill(prompt, depth) for prompt, depth in prompts]
+        self.note_peak()
+        return found
+
+    def machine(self) -> dict[str, Any]:
+        """The slowest rank's figures."""
+        ranks = self.comm.gather_objects(measure_machine(self.plan, self.comm, self.progress))
+        slowest = {"sum_latency": max, "launch_seconds": max}
+        worst = {name: slowest.get(name, min)(r[name] for r in ranks) if ranks[0][name] else None for name in ranks[0]}
+        self.say(report.machine_line(worst))
+        return worst
+
+    def agreement(self) -> dict[str, Any]:
+        """The largest difference of the two models' logits, in units of the largest: they are the same model."""
+        tokens = mx.array([self.prompt(COMPARED)], dtype=mx.uint32)
+        self.progress("comparison with mlx-lm")
+        ours, theirs = (r.logits(tokens, r.make_cache()).astype(mx.float32) for r in self.runners)
+        error = (mx.abs(ours - theirs).max() / mx.abs(theirs).max()).item()
+        self.runners[1].finish()
+        self.say(f"logits of {COMPARED} tokens differ from mlx-lm's by {error:.1e} of the largest")
+        if not error < TOLERANCE and self.plan.inventory.dtype == "F32":
+            raise M3Error(f"--vs mlx-lm: logits differ by {error:.1e}, more than {TOLERANCE:g}: not the same model")
+        return {"tokens": COMPARED, "relative_error": error, "dtype": self.plan.inventory.dtype}
+
+    def decode(self, context: int, machine: dict[str, Any]) -> dict[str, Any]:
+        """Seconds a token at a context; where ours go, and the floor."""
+        caches = [self.filled(runner, context) for runner in self.runners]
+        runs = self.alternate(f"decode at {context}", lambda r, cache: decode(r, cache, self.options.tokens), caches)
+        found = {"context": context} | self.compared(runs)
+        found["split"] = self.split(caches[0], machine)
+        rank_bytes = [self.plan.bytes_read(r) + cache_read_bytes(self.plan, r, context) for r in range(self.comm.world)]
+        reading = max(rank_bytes) / machine["memory_bandwidth"]
+        summing = found["split"]["collectives"] * (machine["sum_latency"] or 0.0)
+        found["floor"] = {"bytes_read": max(rank_bytes), "read_seconds": reading, "seconds": reading + summing}
+        self.say(report.decode_line(found))
+        return found
+
+    def split(self, cache: Any, machine: dict[str, Any]) -> dict[str, Any]:
+        """Our step of decode by what it is spent on: seconds a token.
+
+        Host is what Python takes to build and submit a step; communication is what a step takes less without it, in
+        runs that alternate; compute is the rest, which is what the host does not hide of it: one step is always ahead.
+        """
+        counts = collectives(self.ours, cache)
+        number = counts["sums"] + counts["gathers"] if self.comm.world > 1 else 0
+        heard, deaf = [], []
+        for _ in range(self.options.repeats):
+            self.progress("split of the step")
+            self.comm.barrier()
+            heard.append(timed_steps(self.ours, cache, self.options.tokens))
+            if number:
+                with muted(self.model):
+                    deaf.append(timed_steps(self.ours, cache, self.options.tokens))
+        self.comm.barrier()
+        step, host = (median(part) for part in zip(*heard))
+        communication = step - median(step for step, _ in deaf) if deaf else 0.0
+        bare = number * (machine["sum_latency"] or 0.0)
+        return {
+            "step_seconds": step,
+            "compute_seconds": step - host - communication,
+            "communication_seconds": communication,
+            "host_seconds": host,
+            **counts,
+            "collectives": number,
+            "bare_seconds": bare,
+            "communication_to_bare": communication / bare if bare else None,
+        }
+
+    def prefill(self, prompt: int, depth: int) -> dict[str, Any]:
+        """Seconds until the first token of a prompt, after `depth` tokens of cache."""
+        caches = [self.filled(runner, depth) if depth else None for runner in self.runners]
+        tokens, peaks = self.prompt(prompt), {r.name: [] for r in self.runners}
+
+        def once(runner: Any, cache: Any) -> float:
+            made = prefill(runner, cache or runner.make_cache(), tokens)
+            peaks[runner.name].append((made.peak_bytes, made.peak_above_bytes))
+            return made.seconds
+
+        runs = self.alternate(f"prefill of {prompt} at {depth}", once, caches)
+        found = {"prompt": prompt, "depth": depth} | self.compared(runs)
+        for runner in self.runners:
+            everyone = self.comm.gather_objects(peaks[runner.name][-1])
+            found[report.key(runner.name)] |= {
+                "peak_bytes": max(peak for peak, _ in everyone),
+                "peak_above_bytes": max(above for _, above in everyone),
+            }
+        self.note_peak(max(peak for runner in self.runners for peak, _ in peaks[runner.name]))
+        self.say(report.prefill_line(found))
+        return found
+
+    def alternate(self, what: str, run: Callable[[Any, Any], float], caches: list[Any]) -> list[list[float]]:
+        """Seconds of `repeats` runs of each runner, in turn, after one of each that does not count."""
+        seconds: list[list[float]] = [[] for _ in self.runners]
+        for repeat in range(self.options.repeats + 1):
+            for runner, cache, own in zip(self.runners, caches, seconds):
+                self.progress(f"{what} by {runner.name}, run {repeat}")
+                self.comm.barrier()
+                took = run(runner, cache)
+                if repeat:
+                    own.append(took)
+        return seconds
+
+    def compared(self, runs: list[list[float]]) -> dict[str, Any]:
+        """Medians, runs, and the ratio where there are two runners."""
+        found: dict[str, Any] = {
+            report.key(runner.name): {"seconds": median(own), "runs": own} for runner, own in zip(self.runners, runs)
+        }
+        if len(runs) == 2:
+            found["ratio"] = asdict(ratio(*runs))
+        return found
+
+    def filled(self, runner: Any, context: int) -> Any:
+        self.progress(f"filling of {runner.name}'s cache with {context} tokens")
+        cache = runner.make_cache()
+        runner.fill(cache, random_cache(self.plan, self.comm.rank, context))
+        return cache
+
+    def prompt(self, tokens: int) -> list[int]:
+        """Random token ids, the same on every rank and in every run."""
+        return random.Random(tokens).choices(range(self.plan.inventory.config.vocab_size), k=tokens)
+
+    def note_peak(self, peak: int = 0) -> None:
+        """Prefill resets MLX's peak for each run; this one is of all."""
+        self.peak = max(self.peak, peak, mx.get_peak_memory())
+
+    def say(self, line: str) -> None:
+        if self.comm.rank == 0:
+            print(line, file=sys.stderr, flush=True)
+
+
+def device_name() -> str:
+    facts = mx.device_info()
+    return str(facts.get("device_name") or facts.get("architecture"))
+
+
+def show(options: BenchOptions, result: dict[str, Any]) -> None:
+    """Rank 0's output: the tables, the plot, and for programs one JSON line, the last."""
+    print(report.as_text(result), flush=True)
+    if options.plot:
+        from m3dist.bench.plot import plot
+
+        plot(result, Path(options.plot))
+    if options.json:
+        print(json.dumps(result), flush=True)

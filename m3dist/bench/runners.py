@@ -1,0 +1,171 @@
+"""What is timed: our engine, one step ahead, on caches that may be filled with random keys and values."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+
+from m3dist import layout
+from m3dist.bench.weights import key_of
+from m3dist.cache import LayerCache
+from m3dist.engine import Request, generate_tokens
+from m3dist.model import Model
+from m3dist.model.text import DTYPES
+from m3dist.plan import Plan
+from m3dist.sample import Sampling
+
+SKIPPED = 4  # tokens of a decode run before the clock starts: growing a full cache, filling the pipeline
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """One prompt: seconds to the first token; bytes at the peak, in all and above what was there before."""
+
+    seconds: float
+    peak_bytes: int
+    peak_above_bytes: int
+
+
+class Ours:
+    """m3dist's model as `generate` runs it. mlx-lm's runner (peer.py) answers the same calls."""
+
+    name = "m3dist"
+
+    def __init__(self, model: Model, chunk: int, progress: Progress):
+        self.model, self.chunk, self.progress = model, chunk, progress
+
+    def make_cache(self) -> list[LayerCache]:
+        return self.model.make_cache()
+
+    def fill(self, cache: list[LayerCache], contents: Iterator[list[mx.array]]) -> None:
+        """Append each layer's K, V and, on sparse layers, index K: [1, heads, context, dim]."""
+        for layer, arrays in zip(cache, contents):
+            layer.append(*arrays)
+            mx.eval(layer.state)
+
+    def length(self, cache: list[LayerCache]) -> int:
+        return cache[0].offset
+
+    def trim(self, cache: list[LayerCache], tokens: int) -> None:
+        for layer in cache:
+            layer.trim(tokens)
+
+    def tokens(self, prompt: list[int], count: int, cache: list[LayerCache]) -> Iterator[int]:
+        """`count` greedy tokens after the cache and the prompt."""
+        request = Request(prompt, count, 0, self.chunk, [], Sampling(temperature=0))
+        return generate_tokens(self.model, request, progress=self.progress, cache=cache)
+
+    def logits(self, tokens: mx.array, cache: list[LayerCache]) -> mx.array:
+        """tokens [1, n] -> [1, n, vocabulary]."""
+        return self.model(tokens, cache)
+
+    def finish(self) -> None:
+        """Wait for what the last run left behind: nothing, each step was waited for."""
+
+
+def decode(runner: Any, cache: Any, tokens: int) -> float:
+    """Seconds a token, over `tokens` of them; the cache is as before afterwards."""
+    context = runner.length(cache)
+    times = [time.perf_counter() for _ in runner.tokens([1], tokens + SKIPPED, cache)]
+    runner.finish()
+    runner.trim(cache, runner.length(cache) - context)
+    return (times[-1] - times[SKIPPED - 1]) / tokens
+
+
+def prefill(runner: Any, cache: Any, prompt: list[int]) -> Prefill:
+    """The time until a prompt's first token is on the host; the cache is as before afterwards."""
+    context = runner.length(cache)
+    mx.reset_peak_memory()
+    before, began = mx.get_active_memory(), time.perf_counter()
+    tokens = runner.tokens(prompt, 2, cache)  # the second token's step is started before the first one is awaited
+    next(tokens)
+    seconds = time.perf_counter() - began
+    for _ in tokens:
+        pass
+    runner.finish()
+    runner.trim(cache, runner.length(cache) - context)
+    peak = mx.get_peak_memory()
+    return Prefill(seconds, peak, peak - before)
+
+
+def random_cache(plan: Plan, rank: int, context: int) -> Iterator[list[mx.array]]:
+    """Each layer's K, V and, on sparse layers, index K: [1, heads, context, dim], of unit variance.
+
+    The same values for a head on every rank that holds it.
+    """
+    c, dtype = plan.inventory.config, DTYPES[plan.inventory.dtype]
+
+    def rows(layer: int, what: str, head: int, dim: int) -> mx.array:
+        return mx.random.normal((1, 1, context, dim), dtype=dtype, key=key_of(f"{what} of layer {layer}, head {head}"))
+
+    first, last = layout.kv_heads(plan.shares[rank], c)
+    for layer, sparse in enumerate(c.sparse_attention_freq):
+        arrays = [
+            mx.concatenate([rows(layer, what, head, c.head_dim) for head in range(first, last)], axis=1)
+            for what in ("keys", "values")
+        ]
+        yield arrays + ([rows(layer, "index keys", 0, c.sparse_index_dim)] if sparse else [])
+
+
+@contextmanager
+def muted(model: Model) -> Iterator[None]:
+    """A step without its communication. The ranks then run apart, so their numbers mean nothing."""
+    model.comm.muted = True
+    try:
+        yield
+    finally:
+        model.comm.muted = False
+
+
+def timed_steps(runner: Ours, cache: list[LayerCache], tokens: int) -> tuple[float, float]:
+    """Seconds a token, as `decode`, and seconds of it until the next step was built and submitted (async_eval)."""
+    submitted: list[float] = []
+    submit = mx.async_eval
+
+    def noting(*arrays: Any) -> None:
+        submit(*arrays)
+        submitted.append(time.perf_counter())
+
+    context, hosts, times = runner.length(cache), [], []
+    mx.async_eval = noting
+    try:
+        steps = runner.tokens([1], tokens + SKIPPED + 1, cache)
+        for _ in range(tokens + SKIPPED):  # the token after these starts no step
+            submitted.clear()
+            asked = time.perf_counter()
+            next(steps)
+            times.append(time.perf_counter())
+            hosts.append(submitted[-1] - asked)
+        for _ in steps:
+            pass
+    finally:
+        mx.async_eval = submit
+    runner.trim(cache, runner.length(cache) - context)
+    return (times[-1] - times[SKIPPED - 1]) / tokens, sum(hosts[SKIPPED:]) / tokens
+
+
+def collectives(runner: Ours, cache: list[LayerCache]) -> dict[str, int]:
+    """How many sums and gathers one step of decode holds."""
+    comm, counts = runner.model.comm, {"sums": 0, "gathers": 0}
+
+    def counting(name: str, collective: Callable[[mx.array], mx.array]) -> Callable[[mx.array], mx.array]:
+        def call(x: mx.array) -> mx.array:
+            counts[name] += 1
+            return collective(x)
+
+        return call
+
+    context = runner.length(cache)
+    comm.all_sum = counting("sums", comm.all_sum)  # on this instance, in front of the class's
+    comm.all_gather = counting("gathers", comm.all_gather)
+    try:
+        list(runner.tokens([1], 1, cache))
+    finally:
+        del comm.all_sum, comm.all_gather
+    runner.trim(cache, runner.length(cache) - context)
+    return counts
