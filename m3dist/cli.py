@@ -18,7 +18,17 @@ from m3dist import __version__
 from m3dist.cluster import environment
 from m3dist.cluster.environment import Launch
 from m3dist.errors import CommunicationError, M3Error
-from m3dist.options import ATTENTION, DTYPES, EXPERTS, MAX_RANKS, MODES, THINKING, GenerateOptions
+from m3dist.options import (
+    ATTENTION,
+    DTYPES,
+    EXPERTS,
+    MAX_RANKS,
+    MODES,
+    RANDOM,
+    THINKING,
+    BenchOptions,
+    GenerateOptions,
+)
 from m3dist.watchdog import EXIT_PEER_LOST
 
 
@@ -72,16 +82,6 @@ def generate(parser: argparse.ArgumentParser, args: argparse.Namespace, argv: li
         parser.error("argument --system: not allowed with argument --raw, which gives the model --prompt alone")
     launch = environment.detect(os.environ)
     world = check_world(parser, args, launch)
-    if launch.launcher == "single" and world > 1:
-        return start_ranks(argv, world)
-    watch_launcher()
-    from m3dist.bench.program import main as bench_main
-
-    return bench_main(options, launch)
-
-    from m3dist.cluster import lifeline
-
-    lifeline.watch()
     if args.prompt == "-" and launch.launcher == "mlx.launch":
         parser.error(
             "argument --prompt: - does not work under mlx.launch, which never passes on the end of standard input; "
@@ -101,11 +101,13 @@ def bench(parser: argparse.ArgumentParser, args: argparse.Namespace, argv: list[
     world = check_world(parser, args, launch)
     options = bench_options(args)
     check_bench(parser, options, world)
+    if launch.launcher == "single" and world > 1:
+        return start_ranks(argv, world)
+    watch_launcher()
+    from m3dist.bench.program import main as bench_main
 
+    return bench_main(options, launch)
 
-def check_world(parser: argparse.ArgumentParser, args: argparse.Namespace, launch: Launch) -> int:
-    """The number of ranks, if the flags agree with the launcher and with each other; else ends the program."""
-    world = launch.world
 
 def check_bench(parser: argparse.ArgumentParser, options: BenchOptions, world: int) -> None:
     """Whether the flags agree with each other, with the model and with what is installed; else ends the program."""
@@ -132,6 +134,14 @@ def start_ranks(argv: list[str], world: int) -> int:
 
 def watch_launcher() -> None:
     """End with the launcher, whatever ends it."""
+    from m3dist.cluster import lifeline
+
+    lifeline.watch()
+
+
+def check_world(parser: argparse.ArgumentParser, args: argparse.Namespace, launch: Launch) -> int:
+    """The number of ranks, if the flags agree with the launcher and with each other; else ends the program."""
+    world = launch.world
     if launch.launcher == "single":
         world = args.ranks or len(args.weights or "1")
     elif args.ranks and world and args.ranks != world:
@@ -151,6 +161,11 @@ def generate_options(args: argparse.Namespace) -> GenerateOptions:
     return GenerateOptions(**values | {"stop": tuple(args.stop or ())})
 
 
+def bench_options(args: argparse.Namespace) -> BenchOptions:
+    values = {name: value for name, value in vars(args).items() if name in BenchOptions.__dataclass_fields__}
+    return BenchOptions(**values)
+
+
 def plan(parser: argparse.ArgumentParser, args: argparse.Namespace, argv: list[str]) -> int:
     """Hand the checked flags to m3dist.plan_report."""
     if args.memory and args.machines:
@@ -162,11 +177,6 @@ def plan(parser: argparse.ArgumentParser, args: argparse.Namespace, argv: list[s
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Flags
-def bench_options(args: argparse.Namespace) -> BenchOptions:
-    values = {name: value for name, value in vars(args).items() if name in BenchOptions.__dataclass_fields__}
-    return BenchOptions(**values)
-
-
 
 
 class Parser(argparse.ArgumentParser):
@@ -185,7 +195,14 @@ def build_parser() -> Parser:
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     add_generate(verbs.add_parser("generate", help="answer one prompt"))
     add_plan(verbs.add_parser("plan", help="what each machine would hold and read"))
+    add_bench(verbs.add_parser("bench", help="measure speed and memory here, and compare with mlx-lm"))
     return parser
+
+
+def add(group: Any, *flags: str, default: Any = None, help: str, **kwargs: Any) -> None:
+    """A flag whose help ends with its default, where it has one."""
+    suffix = f" (default: {default})" if default is not None and default != () else ""
+    group.add_argument(*flags, default=default, help=help + suffix, **kwargs)
 
 
 def add_generate(parser: argparse.ArgumentParser) -> None:
@@ -216,17 +233,17 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
     add(sampling, "--seed", metavar="N", type=whole(0, 2**64 - 1), help="the same seed gives the same answer")
     add(sampling, "--stop", metavar="TEXT", type=nonempty, action="append", help="end before TEXT; repeatable")
 
+    cut = add_cut(parser, preset)
+    add(cut, "--prefill-chunk", metavar="N", type=whole(1), default=preset.prefill_chunk,
+        help="tokens of the prompt computed at a time")
+
+
+def add_cut(parser: argparse.ArgumentParser, preset: GenerateOptions | BenchOptions) -> Any:
+    """The group of flags that say how many ranks there are and what each holds."""
     cut = parser.add_argument_group("the cut")
-    add_bench(verbs.add_parser("bench", help="measure speed and memory here, and compare with mlx-lm"))
     add(cut, "-n", "--ranks", metavar="N", type=whole(1, MAX_RANKS),
         help="processes to start on this machine (mlx.launch and mpirun set their number themselves)")
     add(cut, "--experts", choices=EXPERTS, default=preset.experts,
-def add(group: Any, *flags: str, default: Any = None, help: str, **kwargs: Any) -> None:
-    """A flag whose help ends with its default, where it has one."""
-    suffix = f" (default: {default})" if default is not None and default != () else ""
-    group.add_argument(*flags, default=default, help=help + suffix, **kwargs)
-
-
         help="cut each routed expert by columns, or give each rank whole experts")
     add(cut, "--attention", choices=ATTENTION, default=preset.attention,
         help="share the heads out, or give each rank all of them: a sum a layer less, for more memory; equal machines")
@@ -288,13 +305,6 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
     add("--mode", choices=MODES, help="format of the quantised weights")
     add("--bits", metavar="N", type=whole(2, 8), help="bits of one quantised weight")
     add("--group-size", metavar="N", type=whole(16), help="weights that share one scale")
-    cut = add_cut(parser, preset)
-    add(cut, "--prefill-chunk", metavar="N", type=whole(1), default=preset.prefill_chunk,
-        help="tokens of the prompt computed at a time")
-
-
-def add_cut(parser: argparse.ArgumentParser, preset: GenerateOptions | BenchOptions) -> Any:
-    """The group of flags that say how many ranks there are and what each holds."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -332,6 +342,19 @@ def real(described: str, allowed: Callable[[float], bool]) -> Callable[[str], fl
     return parse
 
 
+def counts(text: str) -> tuple[int, ...]:
+    """Comma-separated whole numbers, 1 or more; or the word none, for no number at all."""
+    return () if text == "none" else tuple(whole(1)(part) for part in text.split(","))
+
+
+def settings(text: str) -> tuple[tuple[str, str], ...]:
+    """Comma-separated FIELD=VALUE."""
+    pairs = tuple(part.partition("=") for part in text.split(","))
+    if bad := [name for name, equals, value in pairs if not (name and equals and value)]:
+        raise argparse.ArgumentTypeError(f"must be FIELD=VALUE, not {bad[0]!r}")
+    return tuple((name, value) for name, _, value in pairs)
+
+
 positive = real("from 1e-6 to 1e6", lambda x: 1e-6 <= x <= 1e6)  # sums and ratios of such numbers stay finite
 
 
@@ -361,16 +384,3 @@ def nonempty(text: str) -> str:
     if not text:
         raise argparse.ArgumentTypeError("must not be empty")
     return unicode(text)
-def counts(text: str) -> tuple[int, ...]:
-    """Comma-separated whole numbers, 1 or more; or the word none, for no number at all."""
-    return () if text == "none" else tuple(whole(1)(part) for part in text.split(","))
-
-
-def settings(text: str) -> tuple[tuple[str, str], ...]:
-    """Comma-separated FIELD=VALUE."""
-    pairs = tuple(part.partition("=") for part in text.split(","))
-    if bad := [name for name, equals, value in pairs if not (name and equals and value)]:
-        raise argparse.ArgumentTypeError(f"must be FIELD=VALUE, not {bad[0]!r}")
-    return tuple((name, value) for name, _, value in pairs)
-
-
