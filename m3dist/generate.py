@@ -35,7 +35,8 @@ def _run(options: GenerateOptions, launch: Launch, watchdog: Watchdog) -> int:
     answer, request = _ask(options, directory, comm)
     began = time.perf_counter()
     cut = {"weights": options.weights, "experts": options.experts, "attention": options.attention}
-    model = load_model(options.model, directory, comm, watchdog, options.dtype, **cut)
+    context = len(request.prompt) + request.max_tokens
+    model = load_model(options.model, directory, comm, watchdog, options.dtype, context, **cut)
     load_seconds = time.perf_counter() - began
 
     def computing(phase: str) -> None:

@@ -2,6 +2,8 @@
 
 import math
 import os
+import socket
+import sys
 import traceback
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -10,6 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from m3dist import metal
 from m3dist.checkpoint import resolve
 from m3dist.cluster.claim import claim_addresses
 from m3dist.cluster.environment import Launch
@@ -17,6 +20,7 @@ from m3dist.comm import Comm, all_ranks, check_same, connect, versions
 from m3dist.errors import CommunicationError, M3Error
 from m3dist.loader import load
 from m3dist.model import Model
+from m3dist.plan import Plan
 from m3dist.progress import LoadingBar, Progress
 from m3dist.watchdog import EXIT_PEER_LOST, Watchdog, end_process, seconds
 
@@ -39,6 +43,7 @@ def run_rank(program: Callable[[Watchdog], int], launch: Launch, dtype: str | No
     """
     watchdog = Watchdog(f"rank {launch.rank}")
     try:
+        prepare_metal(launch.rank)
         return program(watchdog)
     except M3Error as error:
         code = EXIT_PEER_LOST if isinstance(error, CommunicationError) else 2
@@ -55,6 +60,28 @@ def run_rank(program: Callable[[Watchdog], int], launch: Launch, dtype: str | No
         traceback.print_exc()
         end_process(1, f"rank {launch.rank}: {type(error).__name__}: {error}", watchdog.abort)
     return 1
+
+
+def prepare_metal(rank: int) -> None:
+    """On a Mac, set what MLX reads from the environment when it first uses the GPU: before any array is made."""
+    chip = metal.chip()
+    os.environ.update(metal.command_buffer_limits(os.environ, chip))
+    warn(rank, metal.fast_synch_risk(os.environ, chip))
+
+
+def keep_resident(plan: Plan, rank: int, context: int) -> None:
+    """On a Mac, have MLX keep this rank's weights, and caches of `context` tokens, resident. Raises PlanError where
+    they are more than the machine's memory."""
+    if mx.metal.is_available():
+        needed = plan.bytes_held(rank) + context * plan.cache_bytes_per_token(rank)
+        wiring = metal.wiring(mx.device_info(), needed, os.environ)
+        mx.set_wired_limit(wiring.limit)
+        warn(rank, wiring.warning)
+
+
+def warn(rank: int, message: str | None) -> None:
+    if message:
+        print(f"m3dist: rank {rank} on {socket.gethostname()}: {message}", file=sys.stderr, flush=True)
 
 
 def join(launch: Launch, model: str, watchdog: Watchdog) -> Comm:
@@ -74,8 +101,11 @@ def find(model: str, comm: Comm, watchdog: Watchdog) -> Path:
         return resolve(model)
 
 
-def load_model(model: str, directory: Path, comm: Comm, watchdog: Watchdog, dtype: str | None, **cut: Any) -> Model:
-    """This rank's part of the model, with a bar on rank 0. `dtype` None: the device's own; `cut`: see loader.load."""
+def load_model(
+    model: str, directory: Path, comm: Comm, watchdog: Watchdog, dtype: str | None, context: int = 0, **cut: Any
+) -> Model:
+    """This rank's part of the model, with a bar on rank 0. `dtype` None: the device's own; `context`: tokens its caches
+    will hold; `cut`: see loader.load."""
     with LoadingBar(f"loading {model}") if comm.rank == 0 else nullcontext() as bar:
 
         def loading(progress: Progress) -> None:
@@ -86,4 +116,7 @@ def load_model(model: str, directory: Path, comm: Comm, watchdog: Watchdog, dtyp
             if bar:
                 bar(progress)
 
-        return load(directory, comm, dtype=dtype or dtype_of_device(), progress=loading, **cut)
+        def planned(plan: Plan) -> None:
+            keep_resident(plan, comm.rank, context)
+
+        return load(directory, comm, dtype=dtype or dtype_of_device(), planned=planned, progress=loading, **cut)
