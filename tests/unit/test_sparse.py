@@ -9,9 +9,11 @@ from hypothesis import strategies as st
 
 from m3dist.model import ModelArgs
 from m3dist.model import sparse as module
-from m3dist.model.sparse import attend_blocks, attend_sparse, select_blocks
+from m3dist.model.sparse import attend_gathered, attend_masked, attend_sparse, choose_method, select_blocks
 
-BLOCK, TOPK, HEADS, GROUP, DIM = 8, 3, 4, 2, 32
+BLOCK, TOPK, HEADS, GROUP, DIM = 8, 3, 4, 3, 32
+METHODS = [attend_gathered, attend_masked]
+FORCED = [(1, 0), (0, 0), (2, 0), (1, 1), (1, 2), (0, 1)]  # sparse_local_block, sparse_init_block
 
 
 def config(**sparse) -> ModelArgs:
@@ -22,31 +24,68 @@ def random(*shape: int, seed: int) -> mx.array:
     return mx.array(np.random.default_rng(seed).standard_normal(shape), dtype=mx.float32)
 
 
-def best_blocks(index_q, index_k, position: int, local: int, init: int) -> set[int]:
-    """One query of one head, from the document's rules, in numpy: q [dim], k [slots, dim]."""
+def scratch(monkeypatch, size: int) -> None:
+    monkeypatch.setitem(module.TUNING, module.backend(), module.Tuning(size, 0))
+
+
+class Case:
+    """Random heads of rows at their own positions [rows, queries], the longest of which ends in the middle of a block.
+
+    K and V have room for `spare` blocks more than index K, as the cache's buffers do.
+    """
+
+    def __init__(self, starts: list[int], queries: int, seed: int, spare: int = 2):
+        self.positions = mx.array([[start + i for i in range(queries)] for start in starts])
+        rows, self.slots = len(starts), -(-(max(starts) + queries) // BLOCK) * BLOCK
+        self.q = random(rows, HEADS, GROUP, queries, DIM, seed=seed)
+        self.keys = random(rows, HEADS, self.slots + spare * BLOCK, DIM, seed=seed + 1)
+        self.values = random(rows, HEADS, self.slots + spare * BLOCK, DIM, seed=seed + 2)
+        self.index_q = random(rows, HEADS, queries, DIM, seed=seed + 3)
+        self.index_k = random(rows, 1, self.slots, DIM, seed=seed + 4)
+
+    def attend(self, c: ModelArgs, dtype: mx.Dtype = mx.float32) -> mx.array:
+        heads = (x.astype(dtype) for x in (self.q, self.keys, self.values))
+        return attend_sparse(*heads, self.index_q, self.index_k, self.positions, c, DIM**-0.5)
+
+    def by_hand(self, c: ModelArgs) -> np.ndarray:
+        """One query at a time, from the document's rules, in numpy."""
+        q, keys, values = (np.array(x, np.float64) for x in (self.q, self.keys, self.values))
+        index_q, index_k, out = np.array(self.index_q), np.array(self.index_k), np.zeros(q.shape)
+        for row, head, query in np.ndindex(q.shape[0], HEADS, q.shape[3]):
+            position = self.positions[row, query].item()
+            blocks = best_blocks(index_q[row, head, query], index_k[row, 0], position, c)
+            seen = [slot for slot in range(position + 1) if slot // BLOCK in blocks]
+            weights = np.exp(q[row, head, :, query] @ keys[row, head, seen].T * DIM**-0.5)
+            out[row, head, :, query] = weights / weights.sum(-1, keepdims=True) @ values[row, head, seen]
+        return out
+
+
+def best_blocks(index_q: np.ndarray, index_k: np.ndarray, position: int, c: ModelArgs) -> set[int]:
+    """One query of one head: q [dim], k [slots, dim]."""
     scores = index_k[: position + 1] @ index_q
     best = [scores[first : first + BLOCK].max() for first in range(0, position + 1, BLOCK)]
-    for block in range(min(init, len(best))):
+    for block in range(min(c.sparse_init_block, len(best))):
         best[block] = 1e30
-    for block in range(max(0, position // BLOCK - local + 1), position // BLOCK + 1):
+    for block in range(max(0, position // BLOCK - c.sparse_local_block + 1), position // BLOCK + 1):
         best[block] = np.inf
     return set(np.argsort(best)[::-1][:TOPK].tolist())
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(0, 10**6), st.integers(4, 9), st.sampled_from([(1, 0), (0, 0), (2, 0), (1, 1), (1, 2)]), st.data())
-def test_selection_follows_the_document(seed, blocks, forced, data):
-    local, init = forced
-    c = config(sparse_local_block=local, sparse_init_block=init)
-    positions = data.draw(st.lists(st.integers(0, blocks * BLOCK - 1), min_size=1, max_size=5))
+@given(st.integers(0, 10**6), st.integers(4, 9), st.sampled_from(FORCED), st.sampled_from([1, 1 << 20]), st.data())
+def test_selection_follows_the_document(seed, blocks, forced, size, data):
+    """Also one block of slots at a time, and with few queries, whose product goes another way."""
+    c = config(sparse_local_block=forced[0], sparse_init_block=forced[1])
+    positions = data.draw(st.lists(st.integers(0, blocks * BLOCK - 1), min_size=1, max_size=6))
     index_q = random(1, HEADS, len(positions), DIM, seed=seed)
     index_k = random(1, 1, blocks * BLOCK, DIM, seed=seed + 1)
-    chosen = np.array(select_blocks(index_q, index_k, mx.array([positions]), c))
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        scratch(monkeypatch, size)
+        chosen = np.array(select_blocks(index_q, index_k, mx.array([positions]), c))
     for head in range(HEADS):
         for query, position in enumerate(positions):
             causal = {int(b) for b in chosen[0, head, query] if b * BLOCK <= position}
-            q, k = np.array(index_q)[0, head, query], np.array(index_k)[0, 0]
-            assert causal == best_blocks(q, k, position, local, init)
+            assert causal == best_blocks(np.array(index_q)[0, head, query], np.array(index_k)[0, 0], position, c)
 
 
 def test_bfloat16_scores_are_float32_sums():
@@ -58,57 +97,68 @@ def test_bfloat16_scores_are_float32_sums():
     assert mx.array_equal(mx.sort(narrow), mx.sort(wide))
 
 
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("forced", FORCED)
+@pytest.mark.parametrize("starts", [[61], [70, 0, 33, 19]], ids=["one row", "rows of unequal length"])
+def test_methods_compute_what_the_document_says(monkeypatch, starts, forced, method):
+    """Rows of 0 to 10 blocks, some below the budget of 3, all ending inside a block; slices that leave a remainder."""
+    monkeypatch.setattr(module, "choose_method", lambda *_: method)
+    c, case = config(sparse_local_block=forced[0], sparse_init_block=forced[1]), Case(starts, 7, seed=5)
+    wanted = case.by_hand(c)
+    assert np.abs(np.array(case.attend(c)) - wanted).max() < 1e-5
+    slices_of = TOPK * BLOCK * 2 * DIM * 4 if method is attend_gathered else case.slots * 4
+    for queries in (1, 3):
+        scratch(monkeypatch, queries * len(starts) * HEADS * slices_of)
+        assert np.abs(np.array(case.attend(c)) - wanted).max() < 1e-5
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_half_precision(monkeypatch, method):
+    monkeypatch.setattr(module, "choose_method", lambda *_: method)
+    case = Case([50, 66], 6, seed=6)
+    out = case.attend(config(), mx.float16)
+    assert out.dtype == mx.float16
+    assert np.abs(np.array(out.astype(mx.float32)) - case.by_hand(config())).max() < 1e-2
+
+
 @pytest.mark.parametrize("queries", [1, 5])
 def test_blocks_that_were_not_selected_are_never_read(queries):
     """Not-a-number in every other block would reach the result through any mask: 0 times NaN is NaN."""
-    slots, positions = 10 * BLOCK, mx.array([[75 - queries + i for i in range(queries)]])
-    q = random(1, HEADS, GROUP, queries, DIM, seed=0)
-    keys, values = random(1, HEADS, slots, DIM, seed=1), random(1, HEADS, slots, DIM, seed=2)
+    case = Case([75 - queries], queries, seed=0, spare=0)
     # All queries of a head read the same blocks here, so that the others are nobody's.
-    index_q = mx.broadcast_to(random(1, HEADS, 1, DIM, seed=3), (1, HEADS, queries, DIM))
-    index_k = random(1, 1, slots, DIM, seed=4)
-    blocks = select_blocks(index_q, index_k, positions, config())
-    clean = attend_blocks(q, keys, values, blocks, positions, BLOCK, DIM**-0.5)
-    poison = np.full((1, HEADS, slots // BLOCK), np.nan, dtype=np.float32)
+    index_q = mx.broadcast_to(case.index_q[:, :, :1], case.index_q.shape)
+    blocks = select_blocks(index_q, case.index_k, case.positions, config())
+    poison = np.full((1, HEADS, case.slots // BLOCK), np.nan, dtype=np.float32)
     for head in range(HEADS):
         poison[0, head, np.array(blocks)[0, head].reshape(-1)] = 0
     poison = mx.repeat(mx.array(poison), BLOCK, axis=-1)[..., None]
     assert mx.isnan(poison).sum().item() > 0
-    poisoned = attend_blocks(q, keys + poison, values + poison, blocks, positions, BLOCK, DIM**-0.5)
+    arguments = blocks, case.positions, BLOCK, DIM**-0.5
+    clean = attend_gathered(case.q, case.keys, case.values, *arguments)
+    poisoned = attend_gathered(case.q, case.keys + poison, case.values + poison, *arguments)
     assert mx.array_equal(clean, poisoned)
 
 
-def test_equal_to_masked_attention_over_everything():
-    slots, queries = 10 * BLOCK, 7
-    positions = mx.array([list(range(70, 70 + queries)), list(range(33, 33 + queries))])
-    q = random(2, HEADS, GROUP, queries, DIM, seed=5)
-    keys, values = random(2, HEADS, slots, DIM, seed=6), random(2, HEADS, slots, DIM, seed=7)
-    index_q, index_k = random(2, HEADS, queries, DIM, seed=8), random(2, 1, slots, DIM, seed=9)
-    out = attend_sparse(q, keys, values, index_q, index_k, positions, config(), DIM**-0.5)
-    blocks = np.array(select_blocks(index_q, index_k, positions, config()))
-    seen = np.zeros((2, HEADS, queries, slots), dtype=bool)
-    for row, head, query in np.ndindex(2, HEADS, queries):
-        for block in blocks[row, head, query]:
-            seen[row, head, query, block * BLOCK : (block + 1) * BLOCK] = True
-    seen &= np.arange(slots) <= np.array(positions)[:, None, :, None]
-    scores = (q @ keys[:, :, None].swapaxes(-1, -2)) * DIM**-0.5
-    weights = mx.softmax(mx.where(mx.array(seen)[:, :, None], scores, -mx.inf), axis=-1)
-    assert mx.allclose(out, weights @ values[:, :, None], atol=1e-5)
+def test_slices_are_gathered_one_after_another(monkeypatch):
+    """All at once, the keys and values of these queries are 96 MiB; in slices of 1 MiB, with some ahead, a few."""
+    queries, slots = 128, 64
+    size, dim = 128, 128
+    c = ModelArgs.from_dict(checkpoints.tiny_config(sparse_block_size=size, sparse_topk_blocks=TOPK))
+    keys, index_k = random(1, 2, slots * size, dim, seed=1), random(1, 1, slots * size, DIM, seed=2)
+    q, index_q = random(1, 2, 1, queries, dim, seed=3), random(1, 2, queries, DIM, seed=4)
+    positions = mx.arange(slots * size - queries, slots * size)[None]
+    mx.eval(keys, index_k, q, index_q, positions)
+    scratch(monkeypatch, 1 << 20)
+    mx.clear_cache()
+    held = mx.get_active_memory()
+    mx.reset_peak_memory()
+    mx.eval(attend_sparse(q, keys, keys, index_q, index_k, positions, c, dim**-0.5))
+    assert mx.get_peak_memory() - held < 12 << 20
 
 
-def test_slices_of_queries_change_nothing(monkeypatch):
-    slots, queries = 12 * BLOCK, 9
-    positions = mx.array([list(range(slots - queries, slots))])
-    arguments = (
-        random(1, HEADS, GROUP, queries, DIM, seed=1),
-        random(1, HEADS, slots, DIM, seed=2),
-        random(1, HEADS, slots, DIM, seed=3),
-        random(1, HEADS, queries, DIM, seed=4),
-        random(1, 1, slots, DIM, seed=5),
-        positions,
-        config(),
-        DIM**-0.5,
-    )
-    at_once = attend_sparse(*arguments)
-    monkeypatch.setattr(module, "SCRATCH_BYTES", 1)
-    assert mx.array_equal(at_once, attend_sparse(*arguments))
+def test_choice_of_method(monkeypatch):
+    monkeypatch.setitem(module.TUNING, "cuda", module.Tuning(1, 4096))
+    assert choose_method(4096, mx.bfloat16, "cuda") is attend_masked
+    assert choose_method(4097, mx.bfloat16, "cuda") is attend_gathered
+    assert choose_method(4096, mx.float32, "cuda") is attend_gathered
+    assert choose_method(4096, mx.bfloat16, "cpu") is attend_gathered
