@@ -30,6 +30,10 @@ class Peer:
         self.model, self.progress = model, progress
         self.generate_step, self.stream = generate_step, generation_stream
 
+    @property
+    def weights_bytes(self) -> int:
+        return sum(x.nbytes for _, x in tree_flatten(self.model.parameters()))
+
     def make_cache(self) -> list[Any]:
         return self.model.make_cache()
 
@@ -99,6 +103,8 @@ def build_peer(ours: Model, plan: Plan, comm: Comm, progress: Progress) -> Peer:
             mx.eval(arrays[theirs])
     model.load_weights(list(arrays.items()))
     model.eval()
+    if mx.metal.is_available():  # what mlx-lm's own generators do; here for both models, which are in memory together
+        mx.set_wired_limit(mx.device_info()["max_recommended_working_set_size"])
     return Peer(model, progress)
 
 

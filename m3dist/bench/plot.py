@@ -15,11 +15,13 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
         rows = sorted((row["context"], 1 / row[runner]["seconds"]) for row in result["decode"] if runner in row)
         if rows:
             axes.plot(*zip(*rows), marker="o", label=label)
+    contexts = [row["context"] for row in result["decode"]]
     axes.set_xscale("log", base=2)
+    axes.set_xticks(contexts, [str(n) for n in contexts])
     axes.set_ylim(bottom=0)
     axes.set_xlabel("tokens of context")
     axes.set_ylabel("tokens per second")
-    axes.set_title(f"Decode: {result['model']}, {result['world']} ranks, {result['device']}", fontsize=9)
+    axes.set_title(f"{result['model']}; {result['world']} ranks, {result['device']}", fontsize=8, wrap=True)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=150)

@@ -14,20 +14,23 @@ from typing import Any
 
 import mlx.core as mx
 
+import m3dist
 from m3dist.bench import report
-from m3dist.bench.machine import measure_machine
-from m3dist.bench.runners import Ours, collectives, decode, muted, prefill, random_cache, timed_steps
+from m3dist.bench.machine import measure_machine, sum_latency
+from m3dist.bench.runners import Ours, collectives, decode, difference, muted, prefill, random_cache, timed_steps
 from m3dist.bench.statistics import ratio
-from m3dist.bench.subject import SAFETENSORS, cache_read_bytes, lengths, published, random_inventory
+from m3dist.bench.subject import SAFETENSORS, cache_read_bytes, lengths, longest, published, random_inventory
 from m3dist.bench.weights import random_weights
 from m3dist.checkpoint import open_checkpoint
 from m3dist.cluster.environment import Launch
 from m3dist.comm import Comm, all_ranks, check_same
+from m3dist.config import ModelConfig, read_config
 from m3dist.errors import M3Error
 from m3dist.model import Model
+from m3dist.model.text import DTYPES
 from m3dist.options import BenchOptions
 from m3dist.plan import Plan, plan_world
-from m3dist.rank import STEP_LIMIT, dtype_of_device, find, join, load_model, run_rank
+from m3dist.rank import STEP_LIMIT, dtype_of_device, find, join, keep_resident, load_model, run_rank
 from m3dist.watchdog import Watchdog
 
 COMPARED = 16  # tokens of the prompt on which ours and mlx-lm's must agree
@@ -51,8 +54,8 @@ def _run(options: BenchOptions, launch: Launch, watchdog: Watchdog) -> int:
     options = lengths(options, model.args)
     bench = Bench(options, comm, plan, model, progress)
     result = {
-        "m3dist": version("m3dist"),
-        "mlx": version("mlx"),
+        "m3dist": m3dist.__version__,
+        "mlx": mx.__version__,
         "mlx_lm": version("mlx-lm") if options.vs else None,
         "device": device_name(),
         "backend": launch.backend,
@@ -65,13 +68,12 @@ def _run(options: BenchOptions, launch: Launch, watchdog: Watchdog) -> int:
         "build_seconds" if options.random else "load_seconds": seconds,
         "tokens": options.tokens,
         "repeats": options.repeats,
+        "chunk": options.chunk,
         "caches": "filled with random keys and values, the same for both" if options.vs else
         "filled with random keys and values",
     } | bench.measure()  # fmt: skip
     progress("the end")
-    result["memory"] = comm.gather_objects(
-        {"weights_bytes": sum(x.nbytes for _, x in model.held_arrays()), "peak_bytes": bench.peak}
-    )
+    result["weights_bytes"] = comm.gather_objects(bench.ours.weights_bytes)
     watchdog.stop()
     if comm.rank == 0:
         show(options, result)
@@ -86,7 +88,8 @@ def subject(
     cut = {"weights": options.weights, "experts": options.experts, "attention": options.attention}
     if not options.random:
         directory = find(options.model or "tiny", comm, watchdog)
-        model = load_model(str(options.model), directory, comm, watchdog, dtype, **cut)
+        context = longest(lengths(options, ModelConfig.from_dict(read_config(directory))))
+        model = load_model(options.model or "tiny", directory, comm, watchdog, dtype, context, **cut)
         inventory = open_checkpoint(directory).translate(SAFETENSORS[dtype]).inventory
         return model, plan_world(inventory, comm.world, **cut), str(directory)
     with all_ranks(comm):
@@ -97,6 +100,7 @@ def subject(
         plan = plan_world(inventory, comm.world, **cut)
     check_same(comm, {"plan": plan.digest})
     with all_ranks(comm):
+        keep_resident(plan, comm.rank, longest(lengths(options, inventory.config)))
         model = Model(inventory.config)
         model.hold(plan, comm, random_weights(plan, comm.rank, progress))
     return model, plan, source
@@ -108,7 +112,6 @@ class Bench:
     def __init__(self, options: BenchOptions, comm: Comm, plan: Plan, model: Model, progress: Callable[[str], None]):
         self.options, self.comm, self.plan, self.model, self.progress = options, comm, plan, model, progress
         self.runners: list[Any] = [Ours(model, options.chunk, progress)]
-        self.peak = 0
 
     @property
     def ours(self) -> Ours:
@@ -126,7 +129,6 @@ class Bench:
         found["decode"] = [self.decode(n, found["machine"]) for n in self.options.decode]
         prompts = [(n, 0) for n in self.options.prefill] + [(self.options.chunk, n) for n in self.options.chunk_at]
         found["prefill"] = [self.prefill(prompt, depth) for prompt, depth in prompts]
-        self.note_peak()
         return found
 
     def machine(self) -> dict[str, Any]:
@@ -139,22 +141,20 @@ class Bench:
 
     def agreement(self) -> dict[str, Any]:
         """The largest difference of the two models' logits, in units of the largest: they are the same model."""
-        tokens = mx.array([self.prompt(COMPARED)], dtype=mx.uint32)
         self.progress("comparison with mlx-lm")
-        ours, theirs = (r.logits(tokens, r.make_cache()).astype(mx.float32) for r in self.runners)
-        error = (mx.abs(ours - theirs).max() / mx.abs(theirs).max()).item()
-        self.runners[1].finish()
+        error = difference(self.runners, [r.make_cache() for r in self.runners], self.prompt(COMPARED))
         self.say(f"logits of {COMPARED} tokens differ from mlx-lm's by {error:.1e} of the largest")
         if not error < TOLERANCE and self.plan.inventory.dtype == "F32":
             raise M3Error(f"--vs mlx-lm: logits differ by {error:.1e}, more than {TOLERANCE:g}: not the same model")
         return {"tokens": COMPARED, "relative_error": error, "dtype": self.plan.inventory.dtype}
 
     def decode(self, context: int, machine: dict[str, Any]) -> dict[str, Any]:
-        """Seconds a token at a context; where ours go, and the floor."""
+        """Seconds a token at a context; where ours go, and the floor. First, whether mlx-lm computes the same there."""
         caches = [self.filled(runner, context) for runner in self.runners]
+        apart = {"relative_error": difference(self.runners, caches, [1])} if len(self.runners) == 2 else {}
         runs = self.alternate(f"decode at {context}", lambda r, cache: decode(r, cache, self.options.tokens), caches)
-        found = {"context": context} | self.compared(runs)
-        found["split"] = self.split(caches[0], machine)
+        found = {"context": context} | self.compared(runs, 1) | apart
+        found["split"] = self.split(caches[0])
         rank_bytes = [self.plan.bytes_read(r) + cache_read_bytes(self.plan, r, context) for r in range(self.comm.world)]
         reading = max(rank_bytes) / machine["memory_bandwidth"]
         summing = found["split"]["collectives"] * (machine["sum_latency"] or 0.0)
@@ -162,7 +162,7 @@ class Bench:
         self.say(report.decode_line(found))
         return found
 
-    def split(self, cache: Any, machine: dict[str, Any]) -> dict[str, Any]:
+    def split(self, cache: Any) -> dict[str, Any]:
         """Our step of decode by what it is spent on: seconds a token.
 
         Host is what Python takes to build and submit a step; communication is what a step takes less without it, in
@@ -181,7 +181,8 @@ class Bench:
         self.comm.barrier()
         step, host = (median(part) for part in zip(*heard))
         communication = step - median(step for step, _ in deaf) if deaf else 0.0
-        bare = number * (machine["sum_latency"] or 0.0)
+        # Measured here again: communication is to be compared with what it costs now.
+        latency = sum_latency(self.model.args.hidden_size, DTYPES[self.plan.inventory.dtype], self.comm) or 0.0
         return {
             "step_seconds": step,
             "compute_seconds": step - host - communication,
@@ -189,29 +190,29 @@ class Bench:
             "host_seconds": host,
             **counts,
             "collectives": number,
-            "bare_seconds": bare,
-            "communication_to_bare": communication / bare if bare else None,
+            "sum_latency": latency,
+            "bare_seconds": number * latency,
+            "communication_to_bare": communication / (number * latency) if number else None,
         }
 
     def prefill(self, prompt: int, depth: int) -> dict[str, Any]:
         """Seconds until the first token of a prompt, after `depth` tokens of cache."""
         caches = [self.filled(runner, depth) if depth else None for runner in self.runners]
-        tokens, peaks = self.prompt(prompt), {r.name: [] for r in self.runners}
+        tokens, above = self.prompt(prompt), {r.name: 0 for r in self.runners}
 
         def once(runner: Any, cache: Any) -> float:
             made = prefill(runner, cache or runner.make_cache(), tokens)
-            peaks[runner.name].append((made.peak_bytes, made.peak_above_bytes))
+            above[runner.name] = made.peak_above_bytes  # the last run's: the first ones also grow filled caches
             return made.seconds
 
         runs = self.alternate(f"prefill of {prompt} at {depth}", once, caches)
-        found = {"prompt": prompt, "depth": depth} | self.compared(runs)
-        for runner in self.runners:
-            everyone = self.comm.gather_objects(peaks[runner.name][-1])
-            found[report.key(runner.name)] |= {
-                "peak_bytes": max(peak for peak, _ in everyone),
-                "peak_above_bytes": max(above for _, above in everyone),
-            }
-        self.note_peak(max(peak for runner in self.runners for peak, _ in peaks[runner.name]))
+        found = {"prompt": prompt, "depth": depth} | self.compared(runs, prompt)
+        for runner, cache in zip(self.runners, caches):
+            # Both models are in memory: a model's own peak is what it holds and what was above that.
+            held = runner.weights_bytes + sum(layer.nbytes for layer in cache or [])
+            everyone = self.comm.gather_objects([above[runner.name], held + above[runner.name]])
+            worst = (max(ranks) for ranks in zip(*everyone))
+            found[report.key(runner.name)] |= dict(zip(("peak_above_bytes", "peak_bytes"), worst))
         self.say(report.prefill_line(found))
         return found
 
@@ -227,10 +228,11 @@ class Bench:
                     own.append(took)
         return seconds
 
-    def compared(self, runs: list[list[float]]) -> dict[str, Any]:
-        """Medians, runs, and the ratio where there are two runners."""
+    def compared(self, runs: list[list[float]], tokens: int) -> dict[str, Any]:
+        """Medians and runs of `tokens` tokens, and the ratio where there are two runners."""
         found: dict[str, Any] = {
-            report.key(runner.name): {"seconds": median(own), "runs": own} for runner, own in zip(self.runners, runs)
+            report.key(runner.name): {"seconds": median(own), "tokens_per_second": tokens / median(own), "runs": own}
+            for runner, own in zip(self.runners, runs)
         }
         if len(runs) == 2:
             found["ratio"] = asdict(ratio(*runs))
@@ -245,10 +247,6 @@ class Bench:
     def prompt(self, tokens: int) -> list[int]:
         """Random token ids, the same on every rank and in every run."""
         return random.Random(tokens).choices(range(self.plan.inventory.config.vocab_size), k=tokens)
-
-    def note_peak(self, peak: int = 0) -> None:
-        """Prefill resets MLX's peak for each run; this one is of all."""
-        self.peak = max(self.peak, peak, mx.get_peak_memory())
 
     def say(self, line: str) -> None:
         if self.comm.rank == 0:

@@ -21,10 +21,7 @@ def as_text(result: Figures) -> str:
     ranks = f"{result['world']} ranks over {result['backend']}" if result["world"] > 1 else "1 rank"
     head = [
         f"{result['model']}: {ranks} on {result['device']}, {result['dtype']}, {built} in {seconds:.1f} s",
-        *[
-            f"rank {rank}: weights {mib(m['weights_bytes'])}, peak in MLX {mib(m['peak_bytes'])}"
-            for rank, m in enumerate(result["memory"])
-        ],
+        *[f"rank {rank}: weights {mib(count)}" for rank, count in enumerate(result["weights_bytes"])],
         machine_line(result["machine"]),
     ]
     if agreement := result["agreement"]:
@@ -43,17 +40,19 @@ def as_text(result: Figures) -> str:
 
 def decode_table(rows: list[Figures]) -> list[str]:
     """Milliseconds a token against mlx-lm's and the floor."""
-    head = ["decode at", "m3dist", "tokens/s", "mlx-lm", "tokens/s", "ratio (quartiles)", "floor", "of it reading"]
+    head = ["decode at", "m3dist", "tokens/s", "mlx-lm", "tokens/s", "ratio (quartiles)"]
+    head += ["floor", "of it reading", "logits differ"]
     cells = [
         [
             str(row["context"]),
             ms(row["ours"]["seconds"]),
-            rate(1, row["ours"]),
+            rate(row["ours"]),
             ms(row["mlx_lm"]["seconds"]) if "mlx_lm" in row else "-",
-            rate(1, row["mlx_lm"]) if "mlx_lm" in row else "-",
+            rate(row["mlx_lm"]) if "mlx_lm" in row else "-",
             ratio_text(row),
             ms(row["floor"]["seconds"]),
             ms(row["floor"]["read_seconds"]),
+            f"{row['relative_error']:.1e}" if "relative_error" in row else "-",
         ]
         for row in rows
     ]
@@ -86,7 +85,7 @@ def prefill_table(rows: list[Figures]) -> list[str]:
     cells = []
     for row in rows:
         both = [row["ours"], row.get("mlx_lm")]
-        times = [cell for r in both for cell in ((ms(r["seconds"]), rate(row["prompt"], r)) if r else ("-", "-"))]
+        times = [cell for r in both for cell in ((ms(r["seconds"]), rate(r)) if r else ("-", "-"))]
         peaks = [mib(r[name]) if r else "-" for name in ("peak_above_bytes", "peak_bytes") for r in both]
         cells.append([str(row["prompt"]), str(row["depth"]), *times, ratio_text(row), *peaks])
     return table([head, *cells])
@@ -118,8 +117,8 @@ def ratio_text(row: Figures) -> str:
     return str(Ratio(**row["ratio"])) if "ratio" in row else "-"
 
 
-def rate(tokens: int, figures: Figures) -> str:
-    return f"{tokens / figures['seconds']:.1f}"
+def rate(figures: Figures) -> str:
+    return f"{figures['tokens_per_second']:.1f}"
 
 
 def ms(seconds: float) -> str:

@@ -24,10 +24,9 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Prefill:
-    """One prompt: seconds to the first token; bytes at the peak, in all and above what was there before."""
+    """One prompt: seconds to the first token, and the most bytes in use meanwhile above what was there before."""
 
     seconds: float
-    peak_bytes: int
     peak_above_bytes: int
 
 
@@ -38,6 +37,10 @@ class Ours:
 
     def __init__(self, model: Model, chunk: int, progress: Progress):
         self.model, self.chunk, self.progress = model, chunk, progress
+
+    @property
+    def weights_bytes(self) -> int:
+        return sum(x.nbytes for _, x in self.model.held_arrays())
 
     def make_cache(self) -> list[LayerCache]:
         return self.model.make_cache()
@@ -89,8 +92,19 @@ def prefill(runner: Any, cache: Any, prompt: list[int]) -> Prefill:
         pass
     runner.finish()
     runner.trim(cache, runner.length(cache) - context)
-    peak = mx.get_peak_memory()
-    return Prefill(seconds, peak, peak - before)
+    return Prefill(seconds, mx.get_peak_memory() - before)
+
+
+def difference(runners: list[Any], caches: list[Any], tokens: list[int]) -> float:
+    """The largest difference of two runners' logits after the same tokens, in units of the largest logit."""
+    ours, theirs = (
+        runner.logits(mx.array([tokens], dtype=mx.uint32), cache).astype(mx.float32)
+        for runner, cache in zip(runners, caches)
+    )
+    found = (mx.abs(ours - theirs).max() / mx.abs(theirs).max()).item()
+    for runner, cache in zip(runners, caches):
+        runner.trim(cache, len(tokens))
+    return found
 
 
 def random_cache(plan: Plan, rank: int, context: int) -> Iterator[list[mx.array]]:
@@ -123,13 +137,16 @@ def muted(model: Model) -> Iterator[None]:
 
 
 def timed_steps(runner: Ours, cache: list[LayerCache], tokens: int) -> tuple[float, float]:
-    """Seconds a token, as `decode`, and seconds of it until the next step was built and submitted (async_eval)."""
+    """Seconds a token, as `decode`, and seconds of it in which Python built and submitted the next step.
+
+    The latter is this thread's own time until async_eval returns: MLX makes it wait where much is queued already.
+    """
     submitted: list[float] = []
     submit = mx.async_eval
 
     def noting(*arrays: Any) -> None:
         submit(*arrays)
-        submitted.append(time.perf_counter())
+        submitted.append(time.thread_time())
 
     context, hosts, times = runner.length(cache), [], []
     mx.async_eval = noting
@@ -137,7 +154,7 @@ def timed_steps(runner: Ours, cache: list[LayerCache], tokens: int) -> tuple[flo
         steps = runner.tokens([1], tokens + SKIPPED + 1, cache)
         for _ in range(tokens + SKIPPED):  # the token after these starts no step
             submitted.clear()
-            asked = time.perf_counter()
+            asked = time.thread_time()
             next(steps)
             times.append(time.perf_counter())
             hosts.append(submitted[-1] - asked)

@@ -25,6 +25,7 @@ FORMATS: Mapping[str, Quantization | str] = {
 }
 DECODE = (512, 16384, 32768)  # where --decode is left out, as far as the model goes
 PREFILL = (2048, 8192)
+SLACK = 8  # tokens that a decode run is longer than --tokens, at most
 SAFETENSORS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
@@ -55,8 +56,9 @@ def random_inventory(options: BenchOptions, dtype: str) -> tuple[Inventory, str]
         made = replace(converted(config, None), dtype=wanted)
     else:
         made = replace(converted(config, wanted), dtype=SAFETENSORS[dtype])
-    name = source.partition(",")[0]
-    return made, f"{name}, {config.num_hidden_layers} layers, random {wanted if made.quantization else options.random}"
+    words = [source.partition(",")[0], *(f"{name} {value}" for name, value in options.set)]
+    words += [f"{config.num_hidden_layers} layers", f"random {wanted}"]
+    return made, ", ".join(words)
 
 
 def changed(config: ModelConfig, options: BenchOptions) -> ModelConfig:
@@ -100,7 +102,7 @@ def published(config: ModelConfig) -> dict[str, Any]:
 def lengths(options: BenchOptions, config: ModelConfig) -> BenchOptions:
     """`options` with the default lengths filled in, as far as the model goes. Raises PlanError for one it cannot."""
     most = config.max_position_embeddings
-    room = most - options.tokens - 8  # a decode run is a few tokens longer than --tokens
+    room = most - options.tokens - SLACK
     options = replace(
         options,
         decode=tuple(n for n in DECODE if n <= room) if options.decode is None else options.decode,
@@ -115,6 +117,12 @@ def lengths(options: BenchOptions, config: ModelConfig) -> BenchOptions:
         if longest > limit:
             raise PlanError(f"{flag}: {longest} tokens and what follows are more than the model takes: {most}")
     return options
+
+
+def longest(options: BenchOptions) -> int:
+    """The most tokens that a cache holds in any run, of `lengths`' options."""
+    decoded = max(options.decode or (), default=0) + options.tokens + SLACK
+    return max([decoded, *(options.prefill or ()), *(depth + options.chunk for depth in options.chunk_at)])
 
 
 def check_peer(config: ModelConfig, world: int) -> None:

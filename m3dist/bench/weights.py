@@ -63,7 +63,9 @@ def key_of(name: str) -> mx.array:
 
 def random_words(shape: tuple[int, ...], quantization: Quantization, key: mx.array) -> mx.array:
     """Packed codes, uint32: every code alike likely, but for mxfp8's, where half the exponents hold NaN and giants."""
-    words = mx.random.randint(-(2**31), 2**31 - 1, shape, dtype=mx.int32, key=key).view(mx.uint32)
+    # Halves, because mx.random.randint scales a float: of 32 bits the lowest 8 would always be 0.
+    high, low = (mx.random.randint(0, 2**16, shape, dtype=mx.uint32, key=half) for half in mx.random.split(key))
+    words = (high << 16) | low
     return words & 0xBFBFBFBF if quantization.mode == "mxfp8" else words
 
 
