@@ -18,6 +18,7 @@ from m3dist import __version__
 from m3dist.cluster import environment
 from m3dist.cluster.environment import Launch
 from m3dist.errors import CommunicationError, M3Error
+from m3dist.machines import LINKS, MACS
 from m3dist.options import (
     ATTENTION,
     DTYPES,
@@ -167,12 +168,37 @@ def bench_options(args: argparse.Namespace) -> BenchOptions:
 
 
 def plan(parser: argparse.ArgumentParser, args: argparse.Namespace, argv: list[str]) -> int:
-    """Hand the checked flags to m3dist.plan_report."""
+    """Hand the checked flags to m3dist.plan_report, or with --predict to m3dist.predict_report."""
     if args.memory and args.machines:
         parser.error("argument --memory: not allowed with argument --machines, which already gives each one's memory")
+    if args.predict:
+        check_predict(parser, args)
+        from m3dist.predict_report import main as predict_main
+
+        return predict_main(args)
+    for name in given(args, PREDICTION):
+        parser.error(f"argument {name}: needs --predict")
     from m3dist.plan_report import main as plan_main
 
     return plan_main(args)
+
+
+def check_predict(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Whether a prediction's flags agree with each other; else ends the program."""
+    if args.machines:
+        parser.error("argument --machines: not allowed with --predict, which is for equal machines: --world, --memory")
+    if args.attention != ATTENTION[0]:
+        parser.error("argument --attention: not allowed with --predict, which compares both")
+    if args.from_bench and args.mac:
+        parser.error("argument --mac: not allowed with --from-bench, which says what the machine does")
+    for name in given(args, ("latency", "link_bandwidth")):
+        if not (args.link or args.from_bench):
+            parser.error(f"argument {name}: needs --link, which of them it is")
+
+
+def given(args: argparse.Namespace, names: Sequence[str]) -> list[str]:
+    """The flags among `names` (of argparse's attributes, None by default) that were given."""
+    return [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) is not None]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -301,10 +327,32 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
     machines.add_argument("--machines", metavar="GB,GB,...", type=machine_memories, help="each machine's memory, in GB")
     add("--memory", metavar="GB", type=positive, help="memory of each of the --world machines")
 
+    add_predict(parser)
     add = parser.add_argument_group("quantisation, if not the checkpoint's own").add_argument
     add("--mode", choices=MODES, help="format of the quantised weights")
     add("--bits", metavar="N", type=whole(2, 8), help="bits of one quantised weight")
     add("--group-size", metavar="N", type=whole(16), help="weights that share one scale")
+
+
+PREDICTION = ("mac", "link", "prompt_tokens", "prefill_chunk", "from_bench",
+              "bandwidth", "flops", "launch", "latency", "link_bandwidth")  # fmt: skip
+
+
+def add_predict(parser: argparse.ArgumentParser) -> None:
+    """The flags of `plan --predict`. Their defaults are predict_report's, so that one given without it is noticed."""
+    add = parser.add_argument_group("prediction of speed").add_argument
+    add("--predict", action="store_true", help="tokens per second on 1, 2, 4 and 8 Macs, or on --world")
+    add("--mac", choices=MACS, help="which Mac (default: m3-ultra)")
+    add("--link", choices=LINKS, help="how they are connected (default: every way in turn)")
+    add("--prompt-tokens", metavar="N", type=whole(1), help="prompt that is prefilled (default: 8192)")
+    add("--prefill-chunk", metavar="N", type=whole(1), help="tokens of it computed at a time (default: 512)")
+    add("--from-bench", metavar="FILE", type=nonempty,
+        help="what m3dist bench --json measured, instead of a Mac; also checks the prediction against it")
+    add("--bandwidth", metavar="GB/S", type=positive, help="memory bandwidth that reading weights reaches")
+    add("--flops", metavar="TFLOP/S", type=positive, help="arithmetic that products with many rows reach")
+    add("--launch", metavar="US", type=positive, help="time a small kernel takes")
+    add("--latency", metavar="US", type=positive, help="time of a sum of one token's hidden state over two ranks")
+    add("--link-bandwidth", metavar="GB/S", type=positive, help="what a rank sends over --link")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

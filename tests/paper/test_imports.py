@@ -19,17 +19,19 @@ ROOT = Path(__file__).parents[2]
 # Imports go up this list, never down or sideways; a package's own modules may import each other.
 ORDER = [
     {"m3dist", "m3dist.errors", "m3dist.options", "m3dist.progress", "m3dist.tiny"},
-    {"m3dist.config", "m3dist.metal", "m3dist.watchdog"},
+    {"m3dist.config", "m3dist.machines", "m3dist.metal", "m3dist.watchdog"},
     {"m3dist.tensors"},
     {"m3dist.layout", "m3dist.translation"},
     {"m3dist.checkpoint", "m3dist.plan"},
-    {"m3dist.reads", "m3dist.comm"},
+    {"m3dist.reads", "m3dist.comm", "m3dist.predict"},
     {"m3dist.cache", "m3dist.sample"},
     {"m3dist.model"},
     {"m3dist.loader", "m3dist.engine", "m3dist.text", "m3dist.cluster"},
     {"m3dist.rank"},
     {"m3dist.generate", "m3dist.plan_report"},
     {"m3dist.bench"},
+    {"m3dist.measured"},
+    {"m3dist.predict_report"},
     {"m3dist.cli"},
     {"m3dist.__main__"},
 ]

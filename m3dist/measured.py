@@ -1,0 +1,107 @@
+"""What `m3dist bench --json` measured, as a machine and a link to predict with; and predictions beside it. No MLX."""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from m3dist.bench.subject import FORMATS
+from m3dist.config import ModelConfig
+from m3dist.errors import PlanError
+from m3dist.machines import Link, Machine
+from m3dist.options import MAX_RANKS
+from m3dist.plan import Plan, make_plan
+from m3dist.plan_report import converted, inventory_of
+from m3dist.predict import Predictor
+from m3dist.tensors import Inventory
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Seconds of one figure of the bench, predicted from the same run's machine figures and measured."""
+
+    what: str
+    predicted: float
+    measured: float
+
+    @property
+    def ratio(self) -> float:
+        """Below 1: the prediction is too fast."""
+        return self.predicted / self.measured
+
+
+def read_bench(path: str) -> dict[str, Any]:
+    """The JSON object that `m3dist bench --json` ends with, in a file of it alone or of all its output.
+
+    Raises PlanError, naming the file.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").strip().splitlines()
+        result = json.loads(lines[-1])
+        machine = result["machine"]
+        missing = {"memory_bandwidth", "launch_seconds", "matmul_flops"} - machine.keys()
+    except OSError as error:
+        raise PlanError(f"--from-bench: {error}") from None
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise PlanError(f"--from-bench: {path} does not end with the line that m3dist bench --json prints") from None
+    if missing:
+        raise PlanError(f"--from-bench: {path} has no {sorted(missing)[0]}: it is of another version of m3dist bench")
+    return result
+
+
+def machine_of(result: dict[str, Any], path: str) -> Machine:
+    """The slowest rank's machine."""
+    figures, source = result["machine"], f"measured, {path}"
+    return Machine(
+        result["device"],
+        figures["memory_bandwidth"],
+        figures["matmul_flops"],
+        figures["launch_seconds"],
+        sources=dict.fromkeys(("bandwidth", "flops", "launch"), source),
+    )
+
+
+def link_of(result: dict[str, Any], path: str) -> Link | None:
+    """What connected the ranks; None for one rank.
+
+    In other worlds a ring's sum takes as much longer as it has more hops; another backend's is taken to last as long.
+    """
+    world, latency = result["world"], result["machine"]["sum_latency"]
+    if world == 1:
+        return None
+    sent = 2 * (world - 1) / world * result["machine"]["sum_bandwidth"]
+    source = f"measured over {world} ranks, {path}"
+    sources = dict.fromkeys(("hop", "exchange", "bandwidth"), source)
+    if result["backend"] == "ring":
+        return Link("ring", latency / (2 * (world - 1)), sent, sources=sources)
+    return Link(result["backend"], latency, sent, exchange=latency, mesh=MAX_RANKS, sources=sources)
+
+
+def plan_of(result: dict[str, Any]) -> Plan:
+    """The plan of the bench's own model. Raises PlanError for a checkpoint that is not on this machine."""
+    cut = result["cut"]
+    return make_plan(_inventory(result), cut["weights"], cut["experts"], cut["attention"])
+
+
+def compare(result: dict[str, Any], path: str) -> list[Comparison]:
+    """Every decode and prefill that the bench measured, beside its prediction."""
+    predictor = Predictor(plan_of(result), machine_of(result, path))
+    link = link_of(result, path) or Link("none", 0.0, 1.0)
+    found = []
+    for row in result["decode"]:
+        step = predictor.decode(row["context"], link)
+        found.append(Comparison(f"decode at {row['context']}", step.seconds, row["ours"]["seconds"]))
+    for row in result["prefill"]:
+        step = predictor.prefill(row["prompt"], result["chunk"], link, row["depth"])
+        found.append(Comparison(f"prefill of {row['prompt']} at {row['depth']}", step.seconds, row["ours"]["seconds"]))
+    return found
+
+
+def _inventory(result: dict[str, Any]) -> Inventory:
+    config, wanted = ModelConfig.from_dict(result["config"]), result["random"]
+    if wanted is None:
+        inventory, _ = inventory_of(result["model"], None, None, None)
+    else:
+        quantization = FORMATS[wanted]
+        inventory = converted(config, None if isinstance(quantization, str) else quantization)
+    return replace(inventory, dtype=result["dtype"])
