@@ -153,7 +153,9 @@ def agreement(hidden: mx.array) -> mx.array:
 @lru_cache(maxsize=4)
 def _odd_numbers(count: int) -> mx.array:
     """uint32 [count]: 1, 3, 5, ..."""
-    return mx.arange(count, dtype=mx.uint32) * 2 + 1
+    numbers = mx.arange(count, dtype=mx.uint32) * 2 + 1
+    mx.eval(numbers)  # else every graph that uses them would compute them again
+    return numbers
 
 
 @contextmanager

@@ -40,22 +40,13 @@ class Candidates:
 
 
 def gather_candidates(
-    local: mx.array,
-    first_row: int,
-    widest: int,
-    hidden: mx.array,
-    sampling: Sampling,
-    comm: Comm,
-    vocabulary: int,
-    note: int = 0,
-) -> Candidates:
-    """Every rank's best logits with their token ids, and a check on the hidden state they came from.
+    local: mx.array, first_row: int, widest: int, hidden: mx.array, wanted: int, comm: Comm, note: mx.array
+) -> tuple[mx.array, mx.array, mx.array, mx.array]:
+    """The `wanted` best logits of all ranks, as the fields of Candidates.
 
     local [rows held]: this rank's logits of vocabulary rows `first_row` on; `widest`: the most rows any rank holds;
-    hidden: what the logits came from; note: a number that all ranks get from rank 0. One all_gather of
-    2 * candidates + 2 words a rank.
+    hidden: what the logits came from; note: uint32 [1]. One all_gather of 2 * candidates + 2 words a rank.
     """
-    wanted = sampling.candidates(vocabulary)
     count = min(wanted, widest)
     local = local.astype(mx.float32)
     order = largest(local, count)
@@ -63,12 +54,12 @@ def gather_candidates(
     if missing := count - ids.size:
         values = mx.pad(values, (0, missing), constant_values=-mx.inf)
         ids = mx.pad(ids, (0, missing))
-    packet = mx.concatenate([values.view(mx.uint32), ids, agreement(hidden), mx.array([note], dtype=mx.uint32)])
+    packet = mx.concatenate([values.view(mx.uint32), ids, agreement(hidden), note])
     everyone = comm.all_gather(packet)
     values, ids = everyone[:, :count].view(mx.float32).reshape(-1), everyone[:, count : 2 * count].reshape(-1)
     order = largest(values, min(wanted, values.size))
     hashes = everyone[:, -2]
-    return Candidates(values[order], ids[order], (hashes == hashes[0]).all(), everyone[0, -1:])
+    return values[order], ids[order], (hashes == hashes[0]).all(), everyone[0, -1:]
 
 
 def largest(values: mx.array, count: int) -> mx.array:

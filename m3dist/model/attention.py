@@ -63,11 +63,15 @@ class Attention(nn.Module):
         even = all(n == widest for n in groups)
         self._fill, self._keep = (None, None) if even else (mx.array(fill), mx.array(keep))
 
-    def __call__(self, x: mx.array, positions: Positions, cache: LayerCache) -> mx.array:
-        """x [rows, tokens, hidden] -> the same shape, of all ranks' heads. Takes the tokens into the cache."""
-        heads = {}
+    def heads(self, x: mx.array, offset: mx.array) -> dict[str, mx.array]:
+        """x [rows, tokens, hidden] -> q, k, v and on sparse layers index_q and index_k: [rows, heads, tokens, dim]."""
+        found = {}
         for projections in self._projections:
-            heads |= projections(x, positions)
+            found |= projections(x, offset)
+        return found
+
+    def attend(self, heads: dict[str, mx.array], positions: Positions, cache: LayerCache) -> mx.array:
+        """Take the tokens into the cache and attend: [rows, heads, tokens, head_dim]."""
         # Index keys are kept from the first token on, also while every block fits the budget: later tokens choose
         # among them all.
         cache.append(heads["k"], heads["v"], heads.get("index_k"))
@@ -76,11 +80,14 @@ class Attention(nn.Module):
             out = self._sparse(q, heads["index_q"], positions, cache)
         else:
             out = self._dense(q, positions, cache)
-        if self._keep is not None:
-            out = out[:, self._keep]
-        if positions.tokens > 1:
+        return out if self._keep is None else out[:, self._keep]
+
+    def merge(self, out: mx.array) -> mx.array:
+        """What `attend` gave -> [rows, tokens, hidden], of all ranks' heads."""
+        rows, _, tokens, _ = out.shape
+        if tokens > 1:
             out = out.transpose(0, 2, 1, 3)
-        return self.comm.all_sum(self.o_proj(out.reshape(*x.shape[:2], -1)))
+        return self.comm.all_sum(self.o_proj(out.reshape(rows, tokens, -1)))
 
     def _dense(self, q: mx.array, positions: Positions, cache: LayerCache) -> mx.array:
         """Causal attention over everything up to each query's own position."""

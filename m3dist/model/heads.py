@@ -8,7 +8,6 @@ import mlx.nn as nn
 
 from m3dist.config import ModelConfig
 from m3dist.model.fusion import fused
-from m3dist.model.positions import Positions
 from m3dist.tensors import LEAVES
 
 
@@ -43,14 +42,17 @@ class HeadProjections:
                 module[leaf] = joined[leaf][first:stop]
                 self._slices.append((f"{name}_proj", leaf, module[leaf]))
             first = stop
-        mx.eval([x for _, _, x in self._slices])  # views of the joined matrix: they take no memory of their own
         self._joined = joined
+        # The slices are views of the joined matrix: they take no memory of their own.
+        mx.eval([x for _, _, x in self._slices], self._gains(self._counts()))
 
-    def __call__(self, x: mx.array, positions: Positions) -> dict[str, mx.array]:
-        """x [rows, tokens, hidden] -> by name [rows, heads, tokens, dim], normalised and rotated but for the values."""
+    def __call__(self, x: mx.array, offset: mx.array) -> dict[str, mx.array]:
+        """x [rows, tokens, hidden] -> by name [rows, heads, tokens, dim], normalised and rotated but for the values.
+
+        `offset` int32: the position of the first token, of all rows or of each."""
         rows, tokens = x.shape[:2]
         c, heads = self.config, self._product(x).reshape(rows, tokens, -1, self.dim)
-        counts = {name: self.attention[f"{name}_proj"]["weight"].shape[0] // self.dim for name in self.names}
+        counts = self._counts()
         normed = sum(counts[name] for name in self.normed)
         turned = _normalise(heads[:, :, :normed], self._gains(counts), c.rms_norm_eps)
         turned = mx.fast.rope(
@@ -59,7 +61,7 @@ class HeadProjections:
             traditional=False,
             base=c.rope_theta,
             scale=1.0,
-            offset=positions.offset,
+            offset=offset,
         )
         found, first = {}, 0
         for name in self.normed:
@@ -69,6 +71,10 @@ class HeadProjections:
             found[name] = _heads_first(heads[:, :, first : first + counts[name]])
             first += counts[name]
         return found
+
+    def _counts(self) -> dict[str, int]:
+        """Heads of each projection: how many, the arrays say."""
+        return {name: self.attention[f"{name}_proj"]["weight"].shape[0] // self.dim for name in self.names}
 
     def _product(self, x: mx.array) -> mx.array:
         """[rows, tokens, hidden] -> [rows, tokens, all heads * dim]."""

@@ -5,7 +5,7 @@ import mlx.nn as nn
 
 from m3dist.comm import Comm
 from m3dist.config import ModelConfig
-from m3dist.model.fusion import fused
+from m3dist.model.fusion import fused, on_gpu
 from m3dist.model.grouping import in_blocks
 from m3dist.model.layers import GatedMLP, swiglu_oai
 
@@ -81,7 +81,7 @@ class SwitchMLP(nn.Module):
         """MLX's quantised product on CUDA (0.32.4) does not notice that neighbouring pairs have the same expert: it
         reads its weights once a pair, unless the pairs come as the rows of one matrix. Metal's and the CPU's do."""
         quantised = isinstance(self.gate_up_proj, QuantizedSwitchLinear)
-        return quantised and mx.cuda.is_available() and mx.default_device().type == mx.DeviceType.gpu
+        return quantised and mx.cuda.is_available() and on_gpu()
 
     def _pairs(self, x: mx.array, experts: mx.array, is_sorted: bool) -> mx.array:
         hidden = swiglu_oai(self.gate_up_proj(x, experts, is_sorted), self.alpha, self.limit)

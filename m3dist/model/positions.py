@@ -63,3 +63,10 @@ class Step:
         self.bias = mx.array(bias, dtype=mx.float32)  # [blocks], added to their scores
         self.last = mx.array(np.where(np.arange(topk) == topk - 1, own, -1), dtype=mx.int32)  # [topk]; -1: the best
         self.keys = (topk - 1) * size + position % size + 1  # that the query attends to
+        self._blocks, self._first = capacity // size, mx.zeros(0)
+
+    def first(self, buffers: int) -> mx.array:
+        """int32 [buffers]: the number of each buffer's first block, where all their blocks stand in a row."""
+        if self._first.size != buffers:
+            self._first = mx.array(np.arange(buffers) * self._blocks, dtype=mx.int32)
+        return self._first

@@ -4,7 +4,8 @@ The module tree spells the published tensor names. The forward never asks for th
 arrays it holds and shows its sums: two a layer, one where attention is replicated, and one for the embedding.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -17,6 +18,7 @@ from m3dist.comm import Comm, whole_world
 from m3dist.config import ModelConfig
 from m3dist.errors import CheckpointError
 from m3dist.model.attention import Attention
+from m3dist.model.fusion import Compiled
 from m3dist.model.layers import DenseMLP, GemmaRMSNorm
 from m3dist.model.moe import SparseMoeBlock
 from m3dist.model.positions import Positions
@@ -45,13 +47,13 @@ class DecoderLayer(nn.Module):
     def feed_forward(self) -> SparseMoeBlock | DenseMLP:
         return self.block_sparse_moe if "block_sparse_moe" in self else self.mlp
 
-    def __call__(
-        self, h: mx.array, more: mx.array | None, positions: Positions, cache: LayerCache
-    ) -> tuple[mx.array, mx.array]:
-        """The residual stream [rows, tokens, hidden] and what is still to be added to it, before and after this layer;
-        the same bits on every rank. The sum is left to the norm that comes next."""
-        h, x = (h, self.input_layernorm(h)) if more is None else self.input_layernorm.add(h, more)
-        h, x = self.post_attention_layernorm.add(h, self.self_attn(x, positions, cache))
+    def begin(self, h: mx.array, x: mx.array, offset: mx.array) -> dict[str, mx.array]:
+        """The residual stream h and its norm x, both [rows, tokens, hidden] -> h and the attention's heads."""
+        return {"h": h} | self.self_attn.heads(x, offset)
+
+    def end(self, h: mx.array, attended: mx.array) -> tuple[mx.array, mx.array]:
+        """h before attention and what it found -> h, and what is still to be added to it: the next norm does."""
+        h, x = self.post_attention_layernorm.add(h, self.self_attn.merge(attended))
         return h, self.feed_forward(x)
 
 
@@ -63,14 +65,39 @@ class TextModel(nn.Module):
         self.norm = GemmaRMSNorm(c.hidden_size, c.rms_norm_eps)
         self.vocab_size, self.first_row = c.vocab_size, 0
         self.comm = Comm()
+        self.compiled = Compiled()
 
     def __call__(self, tokens: mx.array, cache: Sequence[LayerCache]) -> mx.array:
-        """tokens [rows, n] -> the normalised last hidden state [rows, n, hidden]."""
+        """tokens [rows, n] -> the normalised last hidden state [rows, n, hidden], the same bits on every rank.
+
+        Only attention depends on how much the cache holds. What lies between two attentions does not, so for single
+        tokens it is compiled.
+        """
         positions = Positions(tuple(cache[0].starts(tokens.shape[0])), tokens.shape[1])
-        h, more = self.embed(tokens), None
-        for layer, layer_cache in zip(self.layers, cache):
-            h, more = layer(h, more, positions, layer_cache)
-        return self.norm.add(h, more)[1]
+        found = self._run("start", self._start, tokens, positions)
+        for number, (layer, layer_cache) in enumerate(zip(self.layers, cache)):
+            h = found.pop("h")
+            attended = layer.self_attn.attend(found, positions, layer_cache)
+            found = self._run(number, partial(self._between, number), h, attended, positions)
+        return found["h"]
+
+    def _run(self, name: Hashable, function: Callable[..., Any], *arguments: Any) -> dict[str, mx.array]:
+        *arrays, positions = arguments
+        if positions.tokens > 1:
+            return function(*arrays, positions.offset)
+        return self.compiled.call((name, self.comm.muted), function, *arrays, positions.offset)
+
+    def _start(self, tokens: mx.array, offset: mx.array) -> dict[str, mx.array]:
+        h, first = self.embed(tokens), self.layers[0]
+        return first.begin(h, first.input_layernorm(h), offset)
+
+    def _between(self, number: int, h: mx.array, attended: mx.array, offset: mx.array) -> dict[str, mx.array]:
+        """From what layer `number` attended to, to the heads of the next layer or the last norm."""
+        h, more = self.layers[number].end(h, attended)
+        if number + 1 == len(self.layers):
+            return {"h": self.norm.add(h, more)[1]}
+        following = self.layers[number + 1]
+        return following.begin(*following.input_layernorm.add(h, more), offset)
 
     def embed(self, tokens: mx.array) -> mx.array:
         """A token's row, from the rank that holds it: all others add zeros.
@@ -142,11 +169,14 @@ class Model(nn.Module):
     def candidates(self, hidden: mx.array, sampling: Sampling, note: int = 0) -> Candidates:
         """The likeliest next tokens over all ranks, after the hidden state [hidden_size] of one position; and rank 0's
         note to all."""
+        text, count = self.language_model.model, sampling.candidates(self.args.vocab_size)
+        arguments = (hidden, mx.array([note], dtype=mx.uint32))
+        return Candidates(*text.compiled.call((count, self.comm.muted), partial(self._gather, count), *arguments))
+
+    def _gather(self, count: int, hidden: mx.array, note: mx.array) -> tuple[mx.array, ...]:
         # As a matrix of one row: MLX's quantised product on CUDA (0.32.4) fails on a vector.
         local, first = self.local_logits(hidden[None])[0], self.language_model.model.first_row
-        return gather_candidates(
-            local, first, max(self._vocabulary), hidden, sampling, self.comm, sum(self._vocabulary), note
-        )
+        return gather_candidates(local, first, max(self._vocabulary), hidden, count, self.comm, note)
 
     def whole_vocabulary(self, local: mx.array) -> mx.array:
         """Every rank's local logits [..., rows held], joined: [..., vocab_size]."""
@@ -206,9 +236,27 @@ class Model(nn.Module):
         self._join()
         return self
 
+    def update(self, *arguments: Any, **options: Any) -> nn.Module:
+        """nn.Module's. Weights replaced in another way must be followed by `forget`."""
+        self.forget()
+        return super().update(*arguments, **options)
+
+    def update_modules(self, *arguments: Any, **options: Any) -> nn.Module:
+        """nn.Module's, as nn.quantize calls it."""
+        self.forget()
+        return super().update_modules(*arguments, **options)
+
+    def forget(self) -> None:
+        """Let nothing compiled refer to weights that are no longer there."""
+        self.language_model.model.compiled.forget()
+
     def _join(self) -> None:
+        """Lay weights out as the forward wants them, and compute what depends on them alone."""
         for layer in self.layers:
             layer.self_attn.join()
+        norms = [module for module in self.modules() if isinstance(module, GemmaRMSNorm)]
+        mx.eval([norm.float32_gain() for norm in norms])
+        self.forget()
 
     def held_arrays(self) -> list[tuple[str, mx.array]]:
         """Name and array of everything this rank holds."""

@@ -7,10 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from m3dist.comm import Comm, agreement
-from m3dist.sample import Sampling, choose, gather_candidates
+from m3dist.sample import Candidates, Sampling, choose, gather_candidates
 
 VOCABULARY = 12
 HIDDEN = mx.zeros(4)
+NOTE = mx.array([7], dtype=mx.uint32)
 
 
 def wanted(logits: np.ndarray, s: Sampling) -> np.ndarray:
@@ -29,7 +30,8 @@ def wanted(logits: np.ndarray, s: Sampling) -> np.ndarray:
 
 
 def candidates(logits: np.ndarray, s: Sampling):
-    return gather_candidates(mx.array(logits), 0, VOCABULARY, HIDDEN, s, Comm(), VOCABULARY)
+    found = gather_candidates(mx.array(logits), 0, VOCABULARY, HIDDEN, s.candidates(VOCABULARY), Comm(), NOTE)
+    return Candidates(*found)
 
 
 @pytest.mark.parametrize(
@@ -84,7 +86,8 @@ class Gathered(Comm):
 def over_ranks(logits: np.ndarray, rows: list[int], hidden: list[mx.array], s: Sampling):
     comm, ends = Gathered(), np.cumsum(rows)
     for end, n, state in zip(ends.tolist(), rows, hidden, strict=True):
-        found = gather_candidates(mx.array(logits[end - n : end]), end - n, max(rows), state, s, comm, VOCABULARY)
+        local, wanted = mx.array(logits[end - n : end]), s.candidates(VOCABULARY)
+        found = Candidates(*gather_candidates(local, end - n, max(rows), state, wanted, comm, NOTE))
     return found
 
 
