@@ -19,6 +19,7 @@ import mlx.core as mx
 from mlx_lm.models.minimax_m3_vl import Attention
 
 from m3dist.model import sparse
+from m3dist.model.tuning import backend
 
 KV_HEADS, GROUP, DIM, INDEX_DIM = 2, 16, 128, 128
 CONFIG = SimpleNamespace(sparse_block_size=128, sparse_topk_blocks=16, sparse_local_block=1, sparse_init_block=0)
@@ -228,7 +229,7 @@ def main() -> None:
     gpu = mx.default_device().type == mx.DeviceType.gpu
     dtype, layers = (mx.bfloat16, LAYERS) if gpu else (mx.float32, 1)
     wanted = arguments.methods.split(",")
-    print(f"{sparse.backend()}, {dtype}, {arguments.queries} queries, MLX {mx.__version__}")
+    print(f"{backend()}, {dtype}, {arguments.queries} queries, MLX {mx.__version__}")
     for slots in map(int, arguments.slots.split(",")):
         chunk = Chunk(arguments.queries, slots, dtype)
         first = None

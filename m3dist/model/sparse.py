@@ -5,36 +5,11 @@ query a row at one position, a decode step, is decode.py's.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import mlx.core as mx
 
 from m3dist.config import ModelConfig
-
-
-@dataclass(frozen=True)
-class Tuning:
-    """What is fastest on one backend, by `python tests/bench_sparse.py`."""
-
-    scratch: int  # bytes of gathered keys and values, of scores or of masks at a time
-    masked_slots: int  # up to here attention over everything, masked, beats gathering what was selected
-
-
-# cpu, float32, 2 KV heads of 16 query heads: gathering 4 or 16 MiB at a time takes 6.4 ms a query at any depth, 64 MiB
-# 7.6; masked attention 3.1 ms for every 1,000 slots. MLX runs some slices ahead: with 4 MiB the peak is 15.
-# cuda, metal: not yet measured.
-TUNING = {
-    "cpu": Tuning(scratch=4 << 20, masked_slots=0),
-    "cuda": Tuning(scratch=256 << 20, masked_slots=16384),
-    "metal": Tuning(scratch=128 << 20, masked_slots=8192),
-}
-
-
-def backend() -> str:
-    """A key of TUNING: where MLX computes."""
-    if mx.default_device().type == mx.DeviceType.cpu:
-        return "cpu"
-    return "metal" if mx.metal.is_available() else "cuda"
+from m3dist.model.tuning import TUNING, backend, writes_scores_out
 
 
 def select_blocks(index_q: mx.array, index_k: mx.array, positions: mx.array, c: ModelConfig) -> mx.array:
@@ -155,9 +130,8 @@ def attend_sparse(
 
 
 def choose_method(slots: int, dtype: mx.Dtype, kind: str) -> Callable[..., mx.array]:
-    """attend_gathered or attend_masked, whichever is faster for queries of `dtype` on a backend among `slots` keys.
-
-    In float32 it is always the first: CUDA's attention then has no kernel of its own, and masked scores of all query
-    heads would fill the memory.
-    """
-    return attend_masked if dtype.size == 2 and slots <= TUNING[kind].masked_slots else attend_gathered
+    """attend_gathered or attend_masked, whichever is faster for queries of `dtype` on a backend among `slots` keys."""
+    # Written out, the scores of all query heads with all slots would not fit the scratch.
+    if slots > TUNING[kind].masked_slots or writes_scores_out(dtype, kind):
+        return attend_gathered
+    return attend_masked

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from m3dist.model import ModelArgs
 from m3dist.model import sparse as module
 from m3dist.model.sparse import attend_gathered, attend_masked, attend_sparse, choose_method, select_blocks
+from m3dist.model.tuning import TUNING, Tuning, backend
 
 BLOCK, TOPK, HEADS, GROUP, DIM = 8, 3, 4, 3, 32
 METHODS = [attend_gathered, attend_masked]
@@ -25,7 +26,7 @@ def random(*shape: int, seed: int) -> mx.array:
 
 
 def scratch(monkeypatch, size: int) -> None:
-    monkeypatch.setitem(module.TUNING, module.backend(), module.Tuning(size, 0))
+    monkeypatch.setitem(TUNING, backend(), Tuning(size, masked_slots=0))
 
 
 class Case:
@@ -139,26 +140,42 @@ def test_blocks_that_were_not_selected_are_never_read(queries):
     assert mx.array_equal(clean, poisoned)
 
 
-def test_slices_are_gathered_one_after_another(monkeypatch):
-    """All at once, the keys and values of these queries are 96 MiB; in slices of 1 MiB, with some ahead, a few."""
-    queries, slots = 128, 64
-    size, dim = 128, 128
-    c = ModelArgs.from_dict(checkpoints.tiny_config(sparse_block_size=size, sparse_topk_blocks=TOPK))
-    keys, index_k = random(1, 2, slots * size, dim, seed=1), random(1, 1, slots * size, DIM, seed=2)
-    q, index_q = random(1, 2, 1, queries, dim, seed=3), random(1, 2, queries, DIM, seed=4)
-    positions = mx.arange(slots * size - queries, slots * size)[None]
-    mx.eval(keys, index_k, q, index_q, positions)
-    scratch(monkeypatch, 1 << 20)
+def peak(run) -> int:
+    """Bytes that evaluating what `run` returns takes at most, above what was held before."""
     mx.clear_cache()
     held = mx.get_active_memory()
     mx.reset_peak_memory()
-    mx.eval(attend_sparse(q, keys, keys, index_q, index_k, positions, c, dim**-0.5))
-    assert mx.get_peak_memory() - held < 12 << 20
+    mx.eval(run())
+    return mx.get_peak_memory() - held
+
+
+def test_slices_are_gathered_one_after_another(monkeypatch):
+    """Keys and values are 96 MiB for all queries, 3 for a slice; MLX, running ahead, would have 42 of them at once."""
+    size, slots, queries, dim = 128, 24 * 128, 128, 128
+    c = ModelArgs.from_dict(checkpoints.tiny_config(sparse_block_size=size, sparse_topk_blocks=TOPK))
+    keys, index_k = random(1, 2, slots, dim, seed=1), random(1, 1, slots, DIM, seed=2)
+    q, index_q = random(1, 2, 1, queries, dim, seed=3), random(1, 2, queries, DIM, seed=4)
+    positions = mx.arange(slots - queries, slots)[None]
+    mx.eval(keys, index_k, q, index_q, positions)
+    scratch(monkeypatch, 3 << 20)
+    assert peak(lambda: attend_sparse(q, keys, keys, index_q, index_k, positions, c, 1.0)) < 20 << 20
+
+
+def test_scores_are_made_a_few_blocks_at_a_time(monkeypatch):
+    """Those of all slots are 64 MiB, of a block 1; MLX, running ahead, would have 30 of them at once."""
+    slots, queries = 64 * 128, 512
+    c = ModelArgs.from_dict(checkpoints.tiny_config(sparse_block_size=128, sparse_topk_blocks=TOPK))
+    index_q, index_k = random(1, HEADS, queries, DIM, seed=1), random(1, 1, slots, DIM, seed=2)
+    positions = mx.arange(slots - queries, slots)[None]
+    mx.eval(index_q, index_k, positions)
+    scratch(monkeypatch, 1 << 20)
+    assert peak(lambda: select_blocks(index_q, index_k, positions, c)) < 20 << 20
 
 
 def test_choice_of_method(monkeypatch):
-    monkeypatch.setitem(module.TUNING, "cuda", module.Tuning(1, 4096))
+    monkeypatch.setitem(TUNING, "cuda", Tuning(scratch=1, masked_slots=4096))
     assert choose_method(4096, mx.bfloat16, "cuda") is attend_masked
     assert choose_method(4097, mx.bfloat16, "cuda") is attend_gathered
     assert choose_method(4096, mx.float32, "cuda") is attend_gathered
+    monkeypatch.setitem(TUNING, "cpu", Tuning(scratch=1, masked_slots=4096))
     assert choose_method(4096, mx.bfloat16, "cpu") is attend_gathered
