@@ -55,8 +55,8 @@ def memory_bandwidth(size: int, comm: Comm) -> float:
     """Bytes/s read by a sum, or read and written by an addition, over `size` bytes: the better one."""
     x = mx.ones((size // 4,), dtype=mx.float32)
     mx.eval(x)
-    reading = size / min(timed(lambda: x.sum(), comm))
-    copying = 2 * size / min(timed(lambda: x + 1.0, comm))
+    reading = size / min(timed(lambda: x.sum(), comm, repeats=4))
+    copying = 2 * size / min(timed(lambda: x + 1.0, comm, repeats=4))
     return max(reading, copying)
 
 

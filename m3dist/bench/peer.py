@@ -24,10 +24,10 @@ class Peer:
 
     name = "mlx-lm"
 
-    def __init__(self, model: nn.Module, progress: Progress):
+    def __init__(self, model: nn.Module, kv_heads: tuple[int, int], progress: Progress):
         from mlx_lm.generate import generate_step, generation_stream
 
-        self.model, self.progress = model, progress
+        self.model, self.kv_heads, self.progress = model, kv_heads, progress
         self.generate_step, self.stream = generate_step, generation_stream
 
     @property
@@ -105,7 +105,8 @@ def build_peer(ours: Model, plan: Plan, comm: Comm, progress: Progress) -> Peer:
     model.eval()
     if mx.metal.is_available():  # what mlx-lm's own generators do; here for both models, which are in memory together
         mx.set_wired_limit(mx.device_info()["max_recommended_working_set_size"])
-    return Peer(model, progress)
+    each = ours.args.num_key_value_heads // comm.world
+    return Peer(model, (comm.rank * each, comm.rank * each + each), progress)
 
 
 def quantise(model: nn.Module, plan: Plan) -> None:

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from m3dist.bench.report import ranks
+
 
 def plot(result: Mapping[str, Any], path: Path) -> None:
     """Write the picture of what the JSON holds; the suffix of `path` says in which format."""
@@ -21,7 +23,7 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
     axes.set_ylim(bottom=0)
     axes.set_xlabel("tokens of context")
     axes.set_ylabel("tokens per second")
-    axes.set_title(f"{result['model']}; {result['world']} ranks, {result['device']}", fontsize=8, wrap=True)
+    axes.set_title(f"{result['model']}; {ranks(result)}, {result['device']}", fontsize=8, wrap=True)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=150)

@@ -111,7 +111,7 @@ class Bench:
 
     def __init__(self, options: BenchOptions, comm: Comm, plan: Plan, model: Model, progress: Callable[[str], None]):
         self.options, self.comm, self.plan, self.model, self.progress = options, comm, plan, model, progress
-        self.runners: list[Any] = [Ours(model, options.chunk, progress)]
+        self.runners: list[Any] = [Ours(model, plan, options.chunk, progress)]
 
     @property
     def ours(self) -> Ours:
@@ -180,7 +180,7 @@ class Bench:
                     deaf.append(timed_steps(self.ours, cache, self.options.tokens))
         self.comm.barrier()
         step, host = (median(part) for part in zip(*heard))
-        communication = step - median(step for step, _ in deaf) if deaf else 0.0
+        communication = median(a - b for (a, _), (b, _) in zip(heard, deaf)) if deaf else 0.0
         # Measured here again: communication is to be compared with what it costs now.
         latency = sum_latency(self.model.args.hidden_size, DTYPES[self.plan.inventory.dtype], self.comm) or 0.0
         return {
@@ -241,7 +241,7 @@ class Bench:
     def filled(self, runner: Any, context: int) -> Any:
         self.progress(f"filling of {runner.name}'s cache with {context} tokens")
         cache = runner.make_cache()
-        runner.fill(cache, random_cache(self.plan, self.comm.rank, context))
+        runner.fill(cache, random_cache(self.plan, runner.kv_heads, context))
         return cache
 
     def prompt(self, tokens: int) -> list[int]:

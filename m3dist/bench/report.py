@@ -18,9 +18,8 @@ def as_text(result: Figures) -> str:
     """Everything, in the order in which it was measured."""
     built = "built" if result["random"] else "loaded"
     seconds = result["build_seconds"] if result["random"] else result["load_seconds"]
-    ranks = f"{result['world']} ranks over {result['backend']}" if result["world"] > 1 else "1 rank"
     head = [
-        f"{result['model']}: {ranks} on {result['device']}, {result['dtype']}, {built} in {seconds:.1f} s",
+        f"{result['model']}: {ranks(result)} on {result['device']}, {result['dtype']}, {built} in {seconds:.1f} s",
         *[f"rank {rank}: weights {mib(count)}" for rank, count in enumerate(result["weights_bytes"])],
         machine_line(result["machine"]),
     ]
@@ -36,6 +35,11 @@ def as_text(result: Figures) -> str:
     if result["prefill"]:
         parts.append(prefill_table(result["prefill"]))
     return "\n\n".join("\n".join(part) for part in parts)
+
+
+def ranks(result: Figures) -> str:
+    """How many there are, and over what."""
+    return f"{result['world']} ranks over {result['backend']}" if result["world"] > 1 else "1 rank"
 
 
 def decode_table(rows: list[Figures]) -> list[str]:

@@ -35,8 +35,9 @@ class Ours:
 
     name = "m3dist"
 
-    def __init__(self, model: Model, chunk: int, progress: Progress):
+    def __init__(self, model: Model, plan: Plan, chunk: int, progress: Progress):
         self.model, self.chunk, self.progress = model, chunk, progress
+        self.kv_heads = layout.kv_heads(plan.shares[model.comm.rank], plan.inventory.config)
 
     @property
     def weights_bytes(self) -> int:
@@ -107,20 +108,19 @@ def difference(runners: list[Any], caches: list[Any], tokens: list[int]) -> floa
     return found
 
 
-def random_cache(plan: Plan, rank: int, context: int) -> Iterator[list[mx.array]]:
+def random_cache(plan: Plan, heads: layout.Span, context: int) -> Iterator[list[mx.array]]:
     """Each layer's K, V and, on sparse layers, index K: [1, heads, context, dim], of unit variance.
 
-    The same values for a head on every rank that holds it.
+    Of KV heads [first, last); a head's values are the same for whoever holds it.
     """
     c, dtype = plan.inventory.config, DTYPES[plan.inventory.dtype]
 
     def rows(layer: int, what: str, head: int, dim: int) -> mx.array:
         return mx.random.normal((1, 1, context, dim), dtype=dtype, key=key_of(f"{what} of layer {layer}, head {head}"))
 
-    first, last = layout.kv_heads(plan.shares[rank], c)
     for layer, sparse in enumerate(c.sparse_attention_freq):
         arrays = [
-            mx.concatenate([rows(layer, what, head, c.head_dim) for head in range(first, last)], axis=1)
+            mx.concatenate([rows(layer, what, head, c.head_dim) for head in range(*heads)], axis=1)
             for what in ("keys", "values")
         ]
         yield arrays + ([rows(layer, "index keys", 0, c.sparse_index_dim)] if sparse else [])

@@ -130,9 +130,7 @@ def check_peer(config: ModelConfig, world: int) -> None:
     heads = {"num_attention_heads": config.num_attention_heads, "num_key_value_heads": config.num_key_value_heads}
     for name, count in heads.items():
         if count % world:
-            raise PlanError(
-                f"--vs mlx-lm: mlx-lm cannot run {world} ranks: {name} is {count}, which {world} must divide"
-            )
+            raise PlanError(f"--vs mlx-lm: mlx-lm cannot run {world} ranks: {world} does not divide {name}, {count}")
 
 
 def cache_read_bytes(plan: Plan, rank: int, context: int) -> int:

@@ -1,0 +1,109 @@
+"""`m3dist bench` as people start it: real ranks, mlx-lm beside ours, and every figure in the JSON line."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from world import MPIRUN
+
+FLAGS = "--decode 64,300 --prefill 48 --chunk-at 256 --chunk 32 --tokens 4 --repeats 2 --json".split()
+TINY = ["--model", "tiny", *FLAGS]
+RANDOM = ["--random", "4bit", "--layers", "2", "--set",
+          "hidden_size=256,num_attention_heads=8,head_dim=64,rotary_dim=32,sparse_index_dim=64,intermediate_size=256,"
+          "dense_intermediate_size=512,shared_intermediate_size=256,num_local_experts=8,vocab_size=400,"
+          "moe_layer_freq=01,sparse_attention_freq=01,sparse_block_size=16,sparse_topk_blocks=4", *FLAGS]  # fmt: skip
+
+
+def bench(*flags: str, launcher: str = "") -> dict:
+    """The JSON line; tables come before it on the same stream."""
+    environ = {name: value for name, value in os.environ.items() if not name.startswith(("MLX_", "M3DIST_"))}
+    command = [*launcher.split(), sys.executable, "-m", "m3dist", "bench", *flags]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, capture_output=True, text=True, env=environ, cwd=root, timeout=150)
+    assert done.returncode == 0, done.stderr
+    *tables, line = done.stdout.splitlines()
+    assert any(row.lstrip().startswith("decode at") for row in tables)
+    return json.loads(line)
+
+
+def check_figures(result: dict, world: int, vs: bool) -> None:
+    """Everything is there, and of a size that can be."""
+    assert result["world"] == world and result["dtype"] == "F32" and result["caches"].startswith("filled with random")
+    machine = result["machine"]
+    for name in ("memory_bandwidth", "launch_seconds", "matmul_flops"):
+        assert machine[name] > 0
+    for name in ("sum_latency", "sum_bandwidth"):
+        assert machine[name] > 0 if world > 1 else machine[name] is None
+    assert len(result["weights_bytes"]) == world and min(result["weights_bytes"]) > 0
+    assert [row["context"] for row in result["decode"]] == [64, 300]
+    assert [(row["prompt"], row["depth"]) for row in result["prefill"]] == [(48, 0), (32, 256)]
+    for row in result["decode"] + result["prefill"]:
+        for runner in ("ours", "mlx_lm") if vs else ("ours",):
+            assert len(row[runner]["runs"]) == 2 and min(row[runner]["runs"]) > 0
+        assert ("mlx_lm" in row) == ("ratio" in row) == vs
+    for row in result["decode"]:
+        split = row["split"]
+        parts = split["compute_seconds"] + split["communication_seconds"] + split["host_seconds"]
+        assert parts == pytest.approx(split["step_seconds"])
+        assert split["host_seconds"] > 0
+        assert split["collectives"] == (split["sums"] + split["gathers"] if world > 1 else 0)
+        assert row["floor"]["seconds"] >= row["floor"]["read_seconds"] > 0
+    for row in result["prefill"]:
+        for runner in ("ours", "mlx_lm") if vs else ("ours",):
+            assert row[runner]["peak_bytes"] > row[runner]["peak_above_bytes"] > 0
+    near, far = (row["floor"]["bytes_read"] for row in result["decode"])
+    assert near < far
+
+
+def check_agreement(result: dict) -> None:
+    """mlx-lm's logits, on a prompt and behind filled caches, beyond the block budget too."""
+    assert result["agreement"]["relative_error"] < 1e-4
+    assert all(row["relative_error"] < 1e-4 for row in result["decode"])
+
+
+@pytest.mark.mlx_lm
+def test_tiny_against_mlx_lm():
+    result = bench(*TINY, "-n", "2", "--vs", "mlx-lm")
+    check_figures(result, world=2, vs=True)
+    assert result["load_seconds"] > 0
+    check_agreement(result)
+    sums = {row["split"]["sums"] for row in result["decode"]}
+    assert sums == {7}  # two for each of 3 layers, and the embedding's
+
+
+@pytest.mark.mlx_lm
+def test_replicated_attention():
+    """Random weights, of which each rank makes only its slices: all heads here, half of them in mlx-lm's model."""
+    result = bench(*RANDOM, "-n", "2", "--vs", "mlx-lm", "--attention", "replicated")
+    check_figures(result, world=2, vs=True)
+    check_agreement(result)
+    assert result["build_seconds"] > 0
+    assert {row["split"]["sums"] for row in result["decode"]} == {3}
+
+
+@pytest.mark.mpi
+@pytest.mark.mlx_lm
+def test_mpi():
+    result = bench(*RANDOM, "--vs", "mlx-lm", launcher=f"{MPIRUN} -n 2")
+    check_figures(result, world=2, vs=True)
+    check_agreement(result)
+    assert result["backend"] == "mpi"
+
+
+def test_one_rank():
+    check_figures(bench(*TINY), world=1, vs=False)
+
+
+def test_unequal_ranks():
+    check_figures(bench(*RANDOM, "--weights", "2,1"), world=2, vs=False)
+
+
+@pytest.mark.mlx_lm
+def test_cut_that_mlx_lm_has_not():
+    command = [sys.executable, "-m", "m3dist", "bench", *RANDOM, "--weights", "2,1", "--vs", "mlx-lm"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=150)
+    assert done.returncode == 2
+    assert "--vs mlx-lm: " in done.stderr and "cuts evenly; leave --weights and --experts out" in done.stderr
