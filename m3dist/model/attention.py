@@ -50,6 +50,10 @@ class Attention(nn.Module):
         for projections in self._projections:
             projections.join()
 
+    def prepare(self, dtype: mx.Dtype) -> None:
+        for projections in self._projections:
+            projections.prepare(dtype)
+
     def set_groups(self, groups: tuple[int, ...]) -> None:
         """How many of this rank's query heads read each of its KV heads.
 

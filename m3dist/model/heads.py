@@ -7,6 +7,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from m3dist.config import ModelConfig
+from m3dist.model import kernels
 from m3dist.model.fusion import fused
 from m3dist.tensors import LEAVES
 
@@ -44,37 +45,38 @@ class HeadProjections:
             first = stop
         self._joined = joined
         # The slices are views of the joined matrix: they take no memory of their own.
-        mx.eval([x for _, _, x in self._slices], self._gains(self._counts()))
+        mx.eval([x for _, _, x in self._slices])
 
     def __call__(self, x: mx.array, offset: mx.array) -> dict[str, mx.array]:
         """x [rows, tokens, hidden] -> by name [rows, heads, tokens, dim], normalised and rotated but for the values.
 
         `offset` int32: the position of the first token, of all rows or of each."""
-        rows, tokens = x.shape[:2]
-        c, heads = self.config, self._product(x).reshape(rows, tokens, -1, self.dim)
-        counts = self._counts()
-        normed = sum(counts[name] for name in self.normed)
-        turned = _normalise(heads[:, :, :normed], self._gains(counts), c.rms_norm_eps)
-        turned = mx.fast.rope(
-            _heads_first(turned),
-            c.rotary_dim,
-            traditional=False,
-            base=c.rope_theta,
-            scale=1.0,
-            offset=offset,
-        )
-        found, first = {}, 0
-        for name in self.normed:
-            found[name] = turned[:, first : first + counts[name]]
-            first += counts[name]
-        for name in self.names[len(self.normed) :]:
-            found[name] = _heads_first(heads[:, :, first : first + counts[name]])
-            first += counts[name]
-        return found
+        heads = self._product(x).reshape(*x.shape[:2], -1, self.dim)
+        run = kernels.turn_heads if kernels.trusted(self._kernel(x.dtype)) else _turn_heads
+        return dict(zip(self.names, run(heads, self._gains(), offset, *self._shape())))
 
-    def _counts(self) -> dict[str, int]:
+    def prepare(self, dtype: mx.Dtype) -> None:
+        """Compute what depends on the norms' weights alone, and see whether our kernel can be trusted with `dtype`."""
+        gain, shape = self._gains(), self._shape()
+        mx.eval(gain)
+        if self.dim % kernels.LANES or self.config.rotary_dim // 2 % kernels.LANES:
+            return
+        heads = mx.random.normal((2, 3, sum(self._counts()), self.dim), key=mx.random.key(1)).astype(dtype)
+        arguments = heads, gain, mx.array([5, 70000], dtype=mx.int32), *shape
+        kernels.check(self._kernel(dtype), lambda: kernels.turn_heads(*arguments), lambda: _turn_heads(*arguments))
+
+    def _shape(self) -> tuple[tuple[kernels.Part, ...], int, float, float]:
+        """The parts in their order, rotated dimensions, RoPE's base and the norms' epsilon."""
+        c = self.config
+        parts = (kernels.Part(name, n, name in self.normed) for name, n in zip(self.names, self._counts()))
+        return tuple(parts), c.rotary_dim, c.rope_theta, c.rms_norm_eps
+
+    def _kernel(self, dtype: mx.Dtype) -> tuple[object, ...]:
+        return ("turn_heads", *self._shape(), self.dim, dtype)
+
+    def _counts(self) -> list[int]:
         """Heads of each projection: how many, the arrays say."""
-        return {name: self.attention[f"{name}_proj"]["weight"].shape[0] // self.dim for name in self.names}
+        return [self.attention[f"{name}_proj"]["weight"].shape[0] // self.dim for name in self.names]
 
     def _product(self, x: mx.array) -> mx.array:
         """[rows, tokens, hidden] -> [rows, tokens, all heads * dim]."""
@@ -95,13 +97,34 @@ class HeadProjections:
             mode=module.mode,
         )
 
-    def _gains(self, counts: dict[str, int]) -> mx.array:
+    def _gains(self) -> mx.array:
         """Every normalised head's gain, float32 [heads, dim], computed once for the norms it was made from."""
         gains = [self.attention[f"{name}_norm"].float32_gain() for name in self.normed]
         if self._gain is None or any(a is not b for a, b in zip(self._gain[0], gains)):
-            spread = [mx.broadcast_to(gain, (counts[name], self.dim)) for name, gain in zip(self.normed, gains)]
+            spread = [mx.broadcast_to(gain, (count, self.dim)) for gain, count in zip(gains, self._counts())]
             self._gain = (gains, mx.concatenate(spread))
         return self._gain[1]
+
+
+def _turn_heads(
+    x: mx.array,
+    gain: mx.array,
+    offset: mx.array,
+    parts: tuple[kernels.Part, ...],
+    rotated: int,
+    base: float,
+    eps: float,
+) -> list[mx.array]:
+    """kernels.turn_heads in MLX's own operations."""
+    normed = sum(part.heads for part in parts if part.normed)
+    turned = _heads_first(_normalise(x[:, :, :normed], gain, eps))
+    turned = mx.fast.rope(turned, rotated, traditional=False, base=base, scale=1.0, offset=offset)
+    found, first = [], 0
+    for part in parts:
+        last = first + part.heads
+        found.append(turned[:, first:last] if part.normed else _heads_first(x[:, :, first:last]))
+        first = last
+    return found
 
 
 @fused

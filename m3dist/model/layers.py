@@ -4,6 +4,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from m3dist.comm import Comm
+from m3dist.model import kernels
 from m3dist.model.fusion import fused
 
 
@@ -21,7 +22,18 @@ class GemmaRMSNorm(nn.Module):
 
     def add(self, x: mx.array, more: mx.array) -> tuple[mx.array, mx.array]:
         """The sum x + more, and its norm."""
-        return _add_and_norm(x, more, self.float32_gain(), self.eps)
+        run = kernels.add_and_norm if kernels.trusted(self._kernel(x.dtype)) else _add_and_norm
+        return run(x, more, self.float32_gain(), self.eps)
+
+    def prepare(self, dtype: mx.Dtype) -> None:
+        """Compute what depends on the weight alone, and see whether our kernel can be trusted with `dtype`."""
+        mx.eval(self.float32_gain())
+        x, more, gain = (mx.random.normal((3, self.weight.size), key=mx.random.key(i)) for i in range(3))
+        arguments = x.astype(dtype), more.astype(dtype), gain, self.eps
+        kernels.check(self._kernel(dtype), lambda: kernels.add_and_norm(*arguments), lambda: _add_and_norm(*arguments))
+
+    def _kernel(self, dtype: mx.Dtype) -> tuple[object, ...]:
+        return ("add_and_norm", self.weight.size, self.eps, dtype)
 
     def float32_gain(self) -> mx.array:
         """1 + weight, computed once for the weight it was made from; in bfloat16 it would lose up to 0.4%."""

@@ -1,10 +1,14 @@
 """The mixture of experts: a float32 router, experts gathered by index, one shared expert, one sum over the ranks."""
 
+import math
+from functools import lru_cache
+
 import mlx.core as mx
 import mlx.nn as nn
 
 from m3dist.comm import Comm
 from m3dist.config import ModelConfig
+from m3dist.model import kernels
 from m3dist.model.fusion import fused, on_gpu
 from m3dist.model.grouping import in_blocks
 from m3dist.model.layers import GatedMLP, swiglu_oai
@@ -45,6 +49,7 @@ class QuantizedSwitchLinear(nn.Module):
             self.weight,
             self.scales,
             self.biases,
+            lhs_indices=_in_order(x.shape[:-2]),  # else MLX computes the same numbers each time
             rhs_indices=experts,
             transpose=True,
             group_size=self.group_size,
@@ -108,6 +113,14 @@ class SwitchMLP(nn.Module):
         return out.reshape(tokens, k, -1)
 
 
+@lru_cache(maxsize=8)
+def _in_order(shape: tuple[int, ...]) -> mx.array:
+    """uint32 0, 1, 2, ... of a shape."""
+    numbers = mx.arange(math.prod(shape), dtype=mx.uint32).reshape(shape)
+    mx.eval(numbers)
+    return numbers
+
+
 def _rows(x: mx.array, index: mx.array) -> mx.array:
     """Rows of x [tokens, hidden] as [len(index), 1, hidden], with the axis there before the gather.
 
@@ -146,9 +159,34 @@ class SparseMoeBlock(nn.Module):
         In float32 throughout: a bfloat16 router chooses other experts for some 2% of tokens. Every rank computes this
         from the same bits, so every rank chooses alike. The bias moves the choice only, not the scores.
         """
-        scores, losses = _score(self.gate(x.astype(mx.float32)), self.e_score_correction_bias)
-        experts = mx.argpartition(losses, kth=self.k - 1, axis=-1)[..., : self.k]
-        return experts, mx.take_along_axis(scores, experts, axis=-1)
+        run = kernels.choose_experts if kernels.trusted(self._kernel) else choose_experts
+        return run(self.gate(x.astype(mx.float32)), self.e_score_correction_bias.astype(mx.float32), self.k)
+
+    def prepare(self) -> None:
+        """See whether our kernel can be trusted."""
+        logits, bias = (mx.random.normal((5, self.num_experts), key=mx.random.key(i)) for i in range(2))
+        arguments = logits, bias[0], self.k
+
+        def in_order(found: tuple[mx.array, mx.array]) -> list[mx.array]:
+            order = mx.argsort(found[0], axis=-1)
+            return [mx.take_along_axis(x, order, axis=-1) for x in found]
+
+        kernels.check(
+            self._kernel,
+            lambda: in_order(kernels.choose_experts(*arguments)),
+            lambda: in_order(choose_experts(*arguments)),
+        )
+
+    @property
+    def _kernel(self) -> tuple[object, ...]:
+        return ("choose_experts", self.num_experts, self.k)
+
+
+def choose_experts(logits: mx.array, bias: mx.array, k: int) -> tuple[mx.array, mx.array]:
+    """kernels.choose_experts in MLX's own operations."""
+    scores, losses = _score(logits, bias)
+    experts = mx.argpartition(losses, kth=k - 1, axis=-1)[..., :k]
+    return experts, mx.take_along_axis(scores, experts, axis=-1)
 
 
 @fused

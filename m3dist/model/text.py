@@ -171,7 +171,9 @@ class Model(nn.Module):
         note to all."""
         text, count = self.language_model.model, sampling.candidates(self.args.vocab_size)
         arguments = (hidden, mx.array([note], dtype=mx.uint32))
-        return Candidates(*text.compiled.call((count, self.comm.muted), partial(self._gather, count), *arguments))
+        return Candidates(
+            *text.compiled.call(("candidates", count, self.comm.muted), partial(self._gather, count), *arguments)
+        )
 
     def _gather(self, count: int, hidden: mx.array, note: mx.array) -> tuple[mx.array, ...]:
         # As a matrix of one row: MLX's quantised product on CUDA (0.32.4) fails on a vector.
@@ -233,7 +235,7 @@ class Model(nn.Module):
             file_or_weights = list(file_or_weights)
             self.quantize_as(self._inventory(dict(file_or_weights)).quantization)
         super().load_weights(file_or_weights, strict)
-        self._join()
+        self._prepare()
         return self
 
     def update(self, *arguments: Any, **options: Any) -> nn.Module:
@@ -250,12 +252,18 @@ class Model(nn.Module):
         """Let nothing compiled refer to weights that are no longer there."""
         self.language_model.model.compiled.forget()
 
-    def _join(self) -> None:
+    def _prepare(self) -> None:
         """Lay weights out as the forward wants them, and compute what depends on them alone."""
+        text = self.language_model.model
+        dtype = text.norm.weight.dtype
         for layer in self.layers:
             layer.self_attn.join()
-        norms = [module for module in self.modules() if isinstance(module, GemmaRMSNorm)]
-        mx.eval([norm.float32_gain() for norm in norms])
+            layer.self_attn.prepare(dtype)
+            layer.input_layernorm.prepare(dtype)
+            layer.post_attention_layernorm.prepare(dtype)
+            if isinstance(layer.feed_forward, SparseMoeBlock):
+                layer.feed_forward.prepare()
+        text.norm.prepare(dtype)
         self.forget()
 
     def held_arrays(self) -> list[tuple[str, mx.array]]:
@@ -318,7 +326,7 @@ class Model(nn.Module):
             layer.self_attn.comm = Comm() if plan.attention == "replicated" else comm  # all heads: nothing to sum
             layer.feed_forward.comm = comm
         self.comm = text.comm = comm
-        self._join()
+        self._prepare()
 
 
 def take(x: mx.array, part: layout.Slice) -> mx.array:

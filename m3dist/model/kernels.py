@@ -1,0 +1,286 @@
+"""Three kernels of our own for the small parts between large products, one source for CUDA and for Metal.
+
+A decode step on a fast GPU takes as long as its operations are many; each of these stands for three to five of MLX's.
+`check` runs a kernel against MLX's own operations before it is trusted, once a process: where it does not compile or
+gives other numbers, MLX's operations are used and a line on stderr says so. The Metal side has not run on a Mac yet.
+"""
+
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import mlx.core as mx
+
+from m3dist.model.fusion import on_gpu
+
+LANES = 32  # threads that reduce together: a warp on CUDA, a SIMD group on Metal
+THREADS = 512  # that share a row of add_and_norm
+GROUP = 128  # threads, four groups of lanes, where each head or token has its own lanes
+
+_HEADERS = {
+    "cuda": """
+#define SHARED __shared__
+#define BARRIER __syncthreads()
+#define LEAST __int_as_float(0xff800000)
+__device__ inline float lanes_sum(float x) {
+  for (int i = 16; i; i /= 2) x += __shfl_xor_sync(0xffffffffu, x, i);
+  return x;
+}
+__device__ inline float lanes_max(float x) {
+  for (int i = 16; i; i /= 2) x = max(x, __shfl_xor_sync(0xffffffffu, x, i));
+  return x;
+}
+__device__ inline unsigned int lanes_min(unsigned int x) {
+  for (int i = 16; i; i /= 2) x = min(x, __shfl_xor_sync(0xffffffffu, x, i));
+  return x;
+}
+__device__ inline float reciprocal_root(float x) { return rsqrt(x); }
+__device__ inline float exact_cos(float x) { return cos(x); }
+__device__ inline float exact_sin(float x) { return sin(x); }
+""",
+    "metal": """
+#define SHARED threadgroup
+#define BARRIER threadgroup_barrier(metal::mem_flags::mem_threadgroup)
+#define LEAST (-INFINITY)
+inline float lanes_sum(float x) { return metal::simd_sum(x); }
+inline float lanes_max(float x) { return metal::simd_max(x); }
+inline unsigned int lanes_min(unsigned int x) { return metal::simd_min(x); }
+inline float reciprocal_root(float x) { return metal::precise::rsqrt(x); }
+inline float exact_cos(float x) { return metal::precise::cos(x); }
+inline float exact_sin(float x) { return metal::precise::sin(x); }
+""",
+}
+_PRELUDES = {
+    "cuda": "const unsigned int thread = threadIdx.x, group = blockIdx.x;",
+    "metal": "const unsigned int thread = thread_position_in_threadgroup.x, group = threadgroup_position_in_grid.x;",
+}
+
+
+def _kernel(name: str, inputs: Sequence[str], outputs: Sequence[str], source: str) -> Callable[..., Any]:
+    kind, make = ("metal", mx.fast.metal_kernel) if mx.metal.is_available() else ("cuda", mx.fast.cuda_kernel)
+    body = f"{_PRELUDES[kind]}\nconst unsigned int lane = thread % {LANES};\n{source}"
+    return make(
+        name=f"m3dist_{name}", input_names=list(inputs), output_names=list(outputs), source=body, header=_HEADERS[kind]
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# x + more, and its GemmaRMSNorm
+
+
+@lru_cache
+def _add_and_norm(hidden: int, eps: float) -> Callable[..., Any]:
+    return _kernel(
+        f"add_and_norm_{hidden}",
+        ("x", "more", "gain"),
+        ("total", "normed"),
+        f"""
+    SHARED float partial[{THREADS // LANES}];
+    const unsigned int at = group * {hidden};
+    float kept[{-(-hidden // THREADS)}];
+    float squares = 0;
+    for (unsigned int i = 0, d = thread; d < {hidden}; ++i, d += {THREADS}) {{
+      const T sum = static_cast<T>(static_cast<float>(x[at + d]) + static_cast<float>(more[at + d]));
+      total[at + d] = sum;
+      kept[i] = static_cast<float>(sum);
+      squares += kept[i] * kept[i];
+    }}
+    squares = lanes_sum(squares);
+    if (lane == 0) partial[thread / {LANES}] = squares;
+    BARRIER;
+    squares = lanes_sum(lane < {THREADS // LANES} ? partial[lane] : 0.0f);
+    const float factor = reciprocal_root(squares / {hidden} + {eps!r}f);
+    for (unsigned int i = 0, d = thread; d < {hidden}; ++i, d += {THREADS}) {{
+      normed[at + d] = static_cast<T>(kept[i] * factor * gain[d]);
+    }}
+""",
+    )
+
+
+def add_and_norm(x: mx.array, more: mx.array, gain: mx.array, eps: float) -> tuple[mx.array, mx.array]:
+    """As layers.add_and_norm: x, more [..., hidden] of one dtype, gain float32 [hidden]."""
+    rows = x.size // x.shape[-1]
+    total, normed = _add_and_norm(x.shape[-1], eps)(
+        inputs=[x, more, gain],
+        template=[("T", x.dtype)],
+        grid=(rows * THREADS, 1, 1),
+        threadgroup=(THREADS, 1, 1),
+        output_shapes=[x.shape, x.shape],
+        output_dtypes=[x.dtype, x.dtype],
+    )
+    return total, normed
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Heads: GemmaRMSNorm and RoPE, taken apart by name
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some heads of a product: their name, how many, whether they are normalised and rotated."""
+
+    name: str
+    heads: int
+    normed: bool
+
+
+@lru_cache
+def _turn_heads(parts: tuple[Part, ...], dim: int, rotated: int, base: float, eps: float) -> Callable[..., Any]:
+    held, half = dim // LANES, rotated // 2
+    heads, normed = sum(part.heads for part in parts), sum(part.heads for part in parts if part.normed)
+    store, first = [], 0
+    for part in parts:
+        last = first + part.heads
+        store.append(
+            f"""
+    if (head >= {first} && head < {last}) {{
+      const unsigned int to = ((row * {part.heads} + head - {first}) * tokens + token) * {dim} + lane;
+      for (int i = 0; i < {held}; ++i) {part.name}[to + {LANES} * i] = static_cast<T>(value[i]);
+    }}"""
+        )
+        first = last
+    return _kernel(
+        f"turn_heads_{'_'.join(f'{part.name}{part.heads}' for part in parts)}_{dim}_{rotated}",
+        ("x", "gain", "starts"),
+        [part.name for part in parts],
+        f"""
+    const unsigned int tokens = x_shape[1];
+    const unsigned int unit = group * {GROUP // LANES} + thread / {LANES};
+    const unsigned int head = unit % {heads}, place = unit / {heads};
+    if (place >= x_shape[0] * tokens) return;
+    const unsigned int row = place / tokens, token = place % tokens;
+    float value[{held}];
+    for (int i = 0; i < {held}; ++i) value[i] = static_cast<float>(x[unit * {dim} + lane + {LANES} * i]);
+    if (head < {normed}) {{
+      float squares = 0;
+      for (int i = 0; i < {held}; ++i) squares += value[i] * value[i];
+      const float factor = reciprocal_root(lanes_sum(squares) / {dim} + {eps!r}f);
+      for (int i = 0; i < {held}; ++i) {{
+        value[i] = static_cast<float>(static_cast<T>(value[i] * factor * gain[head * {dim} + lane + {LANES} * i]));
+      }}
+      const float position = static_cast<float>(starts[row] + static_cast<int>(token));
+      for (int i = 0; i < {half // LANES}; ++i) {{
+        const float part = static_cast<float>(lane + {LANES} * i) / {half};
+        const float angle = position * exp2(-part * {math.log2(base)!r}f);
+        const float c = exact_cos(angle), s = exact_sin(angle);
+        const float a = value[i], b = value[i + {half // LANES}];
+        value[i] = a * c - b * s;
+        value[i + {half // LANES}] = a * s + b * c;
+      }}
+    }}
+{"".join(store)}
+""",
+    )
+
+
+def turn_heads(
+    x: mx.array, gain: mx.array, offset: mx.array, parts: tuple[Part, ...], rotated: int, base: float, eps: float
+) -> list[mx.array]:
+    """x [rows, tokens, heads, dim], the normalised heads first, gain float32 [normalised heads, dim] -> each part's
+    heads [rows, heads, tokens, dim]. `offset` int32: the position of the first token, of all rows or of each.
+
+    Needs dim and rotated / 2 in multiples of LANES.
+    """
+    rows, tokens, heads, dim = x.shape
+    groups = -(-rows * tokens * heads // (GROUP // LANES))
+    return _turn_heads(parts, dim, rotated, base, eps)(
+        inputs=[x, gain, mx.broadcast_to(offset, (rows,))],
+        template=[("T", x.dtype)],
+        grid=(groups * GROUP, 1, 1),
+        threadgroup=(GROUP, 1, 1),
+        output_shapes=[(rows, part.heads, tokens, dim) for part in parts],
+        output_dtypes=[x.dtype] * len(parts),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The router's choice
+
+
+@lru_cache
+def _choose_experts(experts: int, k: int) -> Callable[..., Any]:
+    held = -(-experts // LANES)
+    return _kernel(
+        f"choose_experts_{experts}_{k}",
+        ("logits", "bias"),
+        ("chosen", "scores"),
+        f"""
+    const unsigned int token = group * {GROUP // LANES} + thread / {LANES};
+    if (token >= logits_shape[0]) return;
+    float score[{held}], worth[{held}];
+    for (int i = 0; i < {held}; ++i) {{
+      const unsigned int expert = lane + {LANES} * i;
+      score[i] = expert < {experts} ? 1.0f / (1.0f + exp(-logits[token * {experts} + expert])) : 0.0f;
+      worth[i] = expert < {experts} ? score[i] + bias[expert] : LEAST;
+    }}
+    for (int j = 0; j < {k}; ++j) {{
+      float best = worth[0];
+      for (int i = 1; i < {held}; ++i) best = max(best, worth[i]);
+      best = lanes_max(best);
+      unsigned int winner = {experts - 1};
+      for (int i = {held} - 1; i >= 0; --i) {{
+        if (worth[i] == best) winner = lane + {LANES} * i;
+      }}
+      winner = lanes_min(winner);
+      for (int i = 0; i < {held}; ++i) {{
+        if (winner == lane + {LANES} * i) {{
+          chosen[token * {k} + j] = winner;
+          scores[token * {k} + j] = score[i];
+          worth[i] = LEAST;
+        }}
+      }}
+    }}
+""",
+    )
+
+
+def choose_experts(logits: mx.array, bias: mx.array, k: int) -> tuple[mx.array, mx.array]:
+    """float32 logits [tokens, experts] and bias [experts] -> the experts with the k largest sigmoid(logit) + bias,
+    uint32 [tokens, k], and sigmoid(logit) of each, float32."""
+    tokens, experts = logits.shape
+    chosen, scores = _choose_experts(experts, k)(
+        inputs=[logits, bias],
+        grid=(-(-tokens // (GROUP // LANES)) * GROUP, 1, 1),
+        threadgroup=(GROUP, 1, 1),
+        output_shapes=[(tokens, k), (tokens, k)],
+        output_dtypes=[mx.uint32, mx.float32],
+    )
+    return chosen, scores
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Trust
+
+_trusted: dict[Any, bool] = {}
+
+
+def trusted(key: Any) -> bool:
+    """Whether `check` has found the kernel of this key right."""
+    return on_gpu() and _trusted.get(key, False)
+
+
+def check(key: Any, ours: Callable[[], Sequence[mx.array]], theirs: Callable[[], Sequence[mx.array]]) -> None:
+    """Run a kernel and MLX's own operations on the same numbers, unless done before; trust it where they agree."""
+    if not on_gpu() or key in _trusted:
+        return
+    try:
+        pairs = list(zip(ours(), theirs()))
+        worst = max(_difference(mine, wanted) for mine, wanted in pairs)
+        limit = max(2.0**-7 if mine.dtype.size == 2 else 1e-4 for mine, _ in pairs)
+        problem = None if worst <= limit else f"differs by {worst:.1e} of the largest number"
+    except RuntimeError as error:  # it does not compile, or cannot be launched
+        problem = str(error).splitlines()[0]
+    _trusted[key] = problem is None
+    if problem:
+        print(f"m3dist: kernel {key[0]} is not used here, MLX's operations instead: {problem}", file=sys.stderr)
+
+
+def _difference(mine: mx.array, wanted: mx.array) -> float:
+    if mine.dtype == mx.uint32:
+        return 0.0 if mx.array_equal(mine, wanted).item() else math.inf
+    wanted = wanted.astype(mx.float32)
+    found = (mx.abs(mine.astype(mx.float32) - wanted).max() / mx.abs(wanted).max()).item()
+    return found if math.isfinite(found) else math.inf
