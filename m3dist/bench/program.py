@@ -169,7 +169,7 @@ class Bench:
         runs that alternate; compute is the rest, which is what the host does not hide of it: one step is always ahead.
         """
         counts = collectives(self.ours, cache)
-        number = counts["sums"] + counts["gathers"] if self.comm.world > 1 else 0
+        number = counts["sums"] + counts["gathers"]
         heard, deaf = [], []
         for _ in range(self.options.repeats):
             self.progress("split of the step")

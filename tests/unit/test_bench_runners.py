@@ -74,18 +74,14 @@ def test_runs_leave_the_cache_as_it_was(ours):
     step, host = timed_steps(runner, cache, 6)
     assert 0 < host and 0 < step
     assert mx.async_eval is submit
-    assert collectives(runner, cache)["sums"] >= 4  # at least one a layer
+    assert collectives(runner, cache) == {"sums": 0, "gathers": 0}  # nobody to talk to
     assert runner.length(cache) == CONTEXT
     after = runner.logits(mx.array([[5]], dtype=mx.uint32), cache)
     assert mx.array_equal(before, after)
 
 
-def test_counting_and_muting_end(ours):
-    plan, runner = ours
-    cache = filled(plan, runner)
-    first = collectives(runner, cache)
-    assert first == collectives(runner, cache)
-    assert "all_sum" not in vars(runner.model.comm)
+def test_muting_ends(ours):
+    _, runner = ours
     with muted(runner.model):
         assert runner.model.comm.muted
     assert not runner.model.comm.muted
