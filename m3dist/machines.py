@@ -49,8 +49,10 @@ class Machine:
     """What one rank's machine reaches. `sources`: where a field's value is from."""
 
     name: str
-    bandwidth: float  # bytes/s, reading weights and caches
-    flops: float  # FLOP/s of products with many rows, attention's too
+    bandwidth: float  # bytes/s, reading weights for one token
+    flops: float  # FLOP/s of products of weights with many tokens
+    attention_bandwidth: float  # bytes/s, reading K and V
+    attention_flops: float  # FLOP/s
     launch: float  # seconds a kernel takes beyond its reads and its arithmetic
     sources: Mapping[str, str] = field(default_factory=dict)
 

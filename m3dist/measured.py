@@ -50,15 +50,18 @@ def read_bench(path: str) -> dict[str, Any]:
 
 
 def machine_of(result: dict[str, Any], path: str) -> Machine:
-    """The slowest rank's machine."""
-    figures, source = result["machine"], f"measured, {path}"
-    return Machine(
-        result["device"],
-        figures["memory_bandwidth"],
-        figures["matmul_flops"],
-        figures["launch_seconds"],
-        sources=dict.fromkeys(("bandwidth", "flops", "launch"), source),
-    )
+    """The slowest rank's machine. What a bench did not measure of its own is taken from what is most like it."""
+    figures = result["machine"]
+    wanted = {
+        "bandwidth": ("matvec_bandwidth", "memory_bandwidth"),
+        "flops": ("matmul_flops",),
+        "attention_bandwidth": ("memory_bandwidth",),
+        "attention_flops": ("attention_flops", "matmul_flops"),
+        "launch": ("launch_seconds",),
+    }
+    used = {field: next(name for name in names if figures.get(name)) for field, names in wanted.items()}
+    sources = {field: f"{name} measured, {path}" for field, name in used.items()}
+    return Machine(result["device"], **{field: figures[name] for field, name in used.items()}, sources=sources)
 
 
 def link_of(result: dict[str, Any], path: str) -> Link | None:

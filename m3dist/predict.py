@@ -1,6 +1,6 @@
 """Seconds of a decode step and of a prefill on machines we may not have: a plan, a machine and a link, on paper.
 
-Each product, attention's too, takes the longer of reading its operands at the machine's bandwidth and computing at its
+Each product and each attention takes the longer of reading its operands at the machine's bandwidth and computing at its
 FLOP/s; each kernel takes a launch beyond that, each sum its link's time. Nothing overlaps: a layer waits for its sums.
 No MLX. `m3dist plan --predict` prints it.
 """
@@ -17,14 +17,16 @@ from m3dist.options import ATTENTION
 from m3dist.plan import Plan, make_plan
 from m3dist.tensors import BYTES, Inventory, modules
 
-# Kernels of a decode step: of a layer with a dense MLP, of one with experts, what a sparse layer adds once it selects
-# blocks, and of the embedding, the last norm, the head and sampling.
-KERNELS_DENSE_LAYER = 28
-KERNELS_MOE_LAYER = 59
-KERNELS_SELECTION = 25
-KERNELS_TOKEN = 20
-# Sums and gathers beside the layers': the embedding's; of a token sampled, the candidates' and rank 0's.
-SUMS_EMBEDDING, SUMS_SAMPLING = 1, 2
+# Kernels of a decode step on a GPU, where what model/fusion.py joins is one: of a layer with a dense MLP, of one with
+# experts, what a sparse layer adds once it selects blocks, and of the embedding, the last norm, the head and sampling.
+# Counted by reading model/; the sums' own are the link's.
+KERNELS_DENSE_LAYER = 18
+KERNELS_MOE_LAYER = 29
+KERNELS_SELECTION = 10
+KERNELS_TOKEN = 30
+# Sums beside the layers': the embedding's, and the gathering of a token's candidates.
+SUMS_EMBEDDING, SUMS_SAMPLING = 1, 1
+INDEX_BYTES = 4  # a value of index K: cache.py keeps it in float32
 
 
 @dataclass(frozen=True)
@@ -135,12 +137,14 @@ class Predictor:
 
     def _work(self, rank: int, tokens: Tokens) -> Step:
         """The products of one rank."""
-        share, c, total = self.plan.shares[rank], self.config, Step()
+        share, c, m, total = self.plan.shares[rank], self.config, self.machine, Step()
         for product, count in self._products[rank].items():
-            total += self._longer(*_weights(product, tokens)) * count
+            nbytes, flops = _weights(product, tokens)
+            total += _longer(nbytes / m.bandwidth, flops / m.flops) * count
         heads, kv = (stop - start for start, stop in (query_heads(share, c), kv_heads(share, c)))
         for sparse, count in Counter(c.sparse_attention_freq).items():
-            total += self._longer(*self._attention(heads, kv, sparse, tokens)) * count
+            nbytes, flops = self._attention(heads, kv, sparse, tokens)
+            total += _longer(nbytes / m.attention_bandwidth, flops / m.attention_flops) * count
         return total
 
     def _attention(self, heads: int, kv: int, sparse: bool, tokens: Tokens) -> tuple[float, float]:
@@ -150,12 +154,12 @@ class Predictor:
         if not sparse or tokens.end <= self._budget:
             return a_key * tokens.end, flops * tokens.keys(tokens.end)
         seen, index = tokens.keys(self._budget), c.sparse_index_dim * tokens.end
-        return index * size + a_key * seen, 2 * kv * index * tokens.count + flops * seen
+        return index * INDEX_BYTES + a_key * seen, 2 * kv * index * tokens.count + flops * seen
 
-    def _longer(self, nbytes: float, flops: float) -> Step:
-        """What takes longer: reading or computing."""
-        memory, compute = nbytes / self.machine.bandwidth, flops / self.machine.flops
-        return Step(memory=memory) if memory > compute else Step(compute=compute)
+
+def _longer(memory: float, compute: float) -> Step:
+    """Seconds of reading or of computing, whichever takes longer."""
+    return Step(memory=memory) if memory > compute else Step(compute=compute)
 
 
 def products(plan: Plan, rank: int) -> Counter[Product]:

@@ -71,13 +71,16 @@ def machine_and_links(args: argparse.Namespace, bench: dict[str, Any] | None) ->
         links = [replace(link, mesh=min(link.mesh, ports + 1)) for link in links if ports or not link.exchange]
         if not links:
             raise PlanError(f"--link {args.link}: {mac} has no Thunderbolt 5, which RDMA needs")
-    for field, unit in (("bandwidth", 1e9), ("flops", 1e12), ("launch", 1e-6)):
-        machine = replaced(machine, f"--{field}", getattr(args, field), {field: unit})
-    for flag, fields in (
-        ("--latency", {"hop": 0.5e-6, "exchange": 1e-6, "handover": 0.0}),  # two hops between two ranks
-        ("--link-bandwidth", {"bandwidth": 1e9}),
+    for flag, value, fields in (
+        ("--bandwidth", args.bandwidth, {"bandwidth": 1e9, "attention_bandwidth": 1e9}),
+        ("--flops", args.flops, {"flops": 1e12, "attention_flops": 1e12}),
+        ("--launch", args.launch, {"launch": 1e-6}),
     ):
-        value = getattr(args, flag[2:].replace("-", "_"))
+        machine = replaced(machine, flag, value, fields)
+    for flag, value, fields in (
+        ("--latency", args.latency, {"hop": 0.5e-6, "exchange": 1e-6, "handover": 0.0}),  # two hops between two ranks
+        ("--link-bandwidth", args.link_bandwidth, {"bandwidth": 1e9}),
+    ):
         links = [replaced(link, flag, value, fields) for link in links]
     return machine, links
 
@@ -85,17 +88,17 @@ def machine_and_links(args: argparse.Namespace, bench: dict[str, Any] | None) ->
 def machine_of_mac(name: str) -> Machine:
     """What a Mac of the table can be assumed to reach."""
     mac = MACS[name]
-    return Machine(
-        name,
-        USABLE_BANDWIDTH * mac.bandwidth * 1e9,
-        USABLE_FLOPS * mac.tflops * 1e12,
-        LAUNCH,
-        sources={
-            "bandwidth": f"assumed {USABLE_BANDWIDTH:g} of {mac.bandwidth:g} GB/s published ({mac.source})",
-            "flops": f"assumed {USABLE_FLOPS:g} of {mac.tflops:g} TFLOP/s on paper, as measured on an M3 Ultra",
-            "launch": "a chain of small kernels on an M3 Ultra (ml-explore/mlx issue 4521)",
-        },
-    )
+    bandwidth, flops = USABLE_BANDWIDTH * mac.bandwidth * 1e9, USABLE_FLOPS * mac.tflops * 1e12
+    reads = f"assumed {USABLE_BANDWIDTH:g} of {mac.bandwidth:g} GB/s published ({mac.source})"
+    computes = f"assumed {USABLE_FLOPS:g} of {mac.tflops:g} TFLOP/s on paper, as measured on an M3 Ultra"
+    sources = {
+        "bandwidth": reads,
+        "flops": computes,
+        "attention_bandwidth": reads,
+        "attention_flops": computes,
+        "launch": "a chain of small kernels on an M3 Ultra (ml-explore/mlx issue 4521)",
+    }
+    return Machine(name, bandwidth, flops, bandwidth, flops, LAUNCH, sources)
 
 
 def replaced(figures: Any, flag: str, value: float | None, units: Mapping[str, float]) -> Any:
@@ -109,8 +112,10 @@ def replaced(figures: Any, flag: str, value: float | None, units: Mapping[str, f
 def assumptions(machine: Machine, links: Sequence[Link]) -> list[str]:
     """Every value, and where it is from."""
     lines = [
-        f"{machine.name}: reads {machine.bandwidth / 1e9:.1f} GB/s: {machine.sources['bandwidth']}",
-        f"{machine.name}: computes {machine.flops / 1e12:.4g} TFLOP/s: {machine.sources['flops']}",
+        f"{machine.name}: weights are read at {machine.bandwidth / 1e9:.4g} GB/s: {machine.sources['bandwidth']}",
+        f"{machine.name}: products compute {machine.flops / 1e12:.4g} TFLOP/s: {machine.sources['flops']}",
+        f"{machine.name}: attention reads {machine.attention_bandwidth / 1e9:.4g} GB/s and computes"
+        f" {machine.attention_flops / 1e12:.4g} TFLOP/s: {attention_source(machine)}",
         f"{machine.name}: {machine.launch * 1e6:.2f} us a kernel: {machine.sources['launch']}",
         f"kernels: {KERNELS_DENSE_LAYER} a dense layer, {KERNELS_MOE_LAYER} a layer with experts, {KERNELS_SELECTION}"
         f" more where it selects blocks, {KERNELS_TOKEN} beside the layers",
@@ -128,6 +133,12 @@ def assumptions(machine: Machine, links: Sequence[Link]) -> list[str]:
         " once a query",
         "nothing overlaps: neither sums nor launches with reading or computing; Python is hidden one step ahead",
     ]
+
+
+def attention_source(machine: Machine) -> str:
+    reads, computes = machine.sources["attention_bandwidth"], machine.sources["attention_flops"]
+    same = (reads, computes) == (machine.sources["bandwidth"], machine.sources["flops"])
+    return "as products" if same else f"{reads}; {computes}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

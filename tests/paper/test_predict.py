@@ -22,9 +22,10 @@ from m3dist.predict import (
     possible_plans,
 )
 
-READER = Machine("reads only", bandwidth=1.0, flops=math.inf, launch=0.0)  # its seconds are bytes
-COMPUTER = Machine("computes only", bandwidth=math.inf, flops=1.0, launch=0.0)  # its seconds are FLOP
-LAUNCHER = Machine("launches only", bandwidth=math.inf, flops=math.inf, launch=1.0)  # its seconds are kernels
+# Machines whose seconds are bytes, FLOP and kernels: what they do not show costs them nothing.
+READER = Machine("reads", 1.0, math.inf, 1.0, math.inf, launch=0.0)
+COMPUTER = Machine("computes", math.inf, 1.0, math.inf, 1.0, launch=0.0)
+LAUNCHER = Machine("launches", math.inf, math.inf, math.inf, math.inf, launch=1.0)
 FREE = Link("costs nothing", hop=0.0, bandwidth=math.inf)
 # MiniMax-M3, in its published numbers.
 HIDDEN, HEADS, KV, DIM, VOCABULARY = 6144, 64, 4, 128, 200064
@@ -51,7 +52,7 @@ def test_a_step_reads_the_plans_bytes_and_the_cache(m3, world, attention):
         assert Predictor(plan, READER).decode(context, FREE).memory == pytest.approx(expected, abs=1)
     context = 100_000
     for_a_head = 2 * DIM * 2 * (DENSE * context + SPARSE * BUDGET)
-    cached = [kv * for_a_head + SPARSE * 128 * 2 * context for kv in kv_heads(plan)]
+    cached = [kv * for_a_head + SPARSE * 128 * 4 * context for kv in kv_heads(plan)]
     expected = max(plan.bytes_read(rank) + keys for rank, keys in enumerate(cached))
     assert Predictor(plan, READER).decode(context, FREE).memory == pytest.approx(expected, abs=1)
 
@@ -105,7 +106,7 @@ def test_a_chunk_reads_each_expert_that_a_token_chose(m3):
         )
         embedding = plan.specs["language_model.model.embed_tokens.weight"].nbytes * 1.125  # with scales and biases
         seen = 2 * KV * DIM * 2 * (DENSE * tokens + SPARSE * (tokens if tokens <= BUDGET else selected(tokens)))
-        index = SPARSE * 128 * 2 * tokens if tokens > BUDGET else 0
+        index = SPARSE * 128 * 4 * tokens if tokens > BUDGET else 0
         rows = embedding * (1 - (1 - 1 / VOCABULARY) ** tokens)
         assert once == pytest.approx(chosen * experts + others + rows + seen + index)
 
@@ -116,7 +117,10 @@ def selected(tokens: int) -> int:
 
 def test_a_product_takes_the_longer_of_reading_and_computing(m3):
     plan = make_plan(m3, 1)
-    slow, fast, between = (Predictor(plan, replace(READER, flops=flops)).decode(512, FREE) for flops in (1e-3, 1e6, 10))
+    slow, fast, between = (
+        Predictor(plan, replace(READER, flops=flops, attention_flops=flops)).decode(512, FREE)
+        for flops in (1e-3, 1e6, 10)
+    )
     assert fast.compute == 0 and slow.memory < 1e-3 * fast.memory  # norms only read
     # In 4 bits a product with one vector is 3.6 FLOP a byte; attention is 16, its 16 heads sharing K and V.
     attention = 4 * HEADS * DIM * 512 * (DENSE + SPARSE)
@@ -145,8 +149,8 @@ def test_kernels_are_counted_by_layer(m3):
 def test_sums_of_a_step_and_of_a_prompt(m3, attention, sums):
     predictor = Predictor(make_plan(m3, 4, attention=attention), READER)
     latency = Link("latency only", hop=1.0, bandwidth=math.inf)
-    assert predictor.decode(512, latency).link == 6 * (sums + 2)
-    assert predictor.prefill(1000, 500, latency).link == 6 * (2 * sums + 2)
+    assert predictor.decode(512, latency).link == 6 * (sums + 1)
+    assert predictor.prefill(1000, 500, latency).link == 6 * (2 * sums + 1)
     bandwidth = Link("bandwidth only", hop=0.0, bandwidth=1.0)
     assert predictor.prefill(500, 500, bandwidth).link == pytest.approx(sums * 1.5 * 499 * HIDDEN * 2)
     alone = Predictor(make_plan(m3, 1), READER)
@@ -169,14 +173,15 @@ def plans(m3):
     return {world: possible_plans(m3, world, "columns") for world in (1, 2, 4)}
 
 
-MAC = Machine("a Mac", 600e9, 17e12, 3e-6)
+MAC = Machine("a Mac", 600e9, 17e12, 600e9, 17e12, 3e-6)
+BETTER = {"bandwidth": 700e9, "flops": 30e12, "attention_flops": 30e12, "attention_bandwidth": 700e9, "launch": 1e-6}
 
 
-@pytest.mark.parametrize("better", [{"bandwidth": 700e9}, {"flops": 30e12}, {"launch": 1e-6}])
+@pytest.mark.parametrize("better", BETTER)
 def test_a_better_machine_is_nowhere_slower(plans, better):
     for world, cuts in plans.items():
         for plan in cuts:
-            old, new = Predictor(plan, MAC), Predictor(plan, replace(MAC, **better))
+            old, new = Predictor(plan, MAC), Predictor(plan, replace(MAC, **{better: BETTER[better]}))
             assert new.prefill(4096, 512, FREE).seconds < old.prefill(4096, 512, FREE).seconds, world
             for context in (512, 100_000):
                 assert new.decode(context, FREE).seconds <= old.decode(context, FREE).seconds
@@ -240,7 +245,8 @@ def test_every_mac_has_a_source_and_can_be_predicted(capsys, name):
     assert "apple.com" in mac.source and "cores at" in mac.source
     found = run(capsys, "--mac", name, "--world", "4")
     assert found["machine"]["bandwidth"] < mac.bandwidth * 1e9 and found["machine"]["flops"] < mac.tflops * 1e12
-    assert found["machine"]["sources"].keys() == {"bandwidth", "flops", "launch"}
+    values = {"bandwidth", "flops", "attention_bandwidth", "attention_flops", "launch"}
+    assert found["machine"]["sources"].keys() == values
     rdma = {link["name"] for link in found["links"]} & {"jaccl", "jaccl-fast-synch"}
     assert bool(rdma) == bool(mac.rdma_ports)
 
@@ -283,7 +289,7 @@ def test_a_flag_replaces_one_value_and_says_so(capsys, flags, holder, field, val
 def test_a_latency_given_is_that_of_two_ranks(capsys):
     for link in ("jaccl", "thunderbolt-ring"):
         [p] = chosen(run(capsys, "--link", link, "--latency", "100", "--world", "2")).values()
-        sums = {"heads": 123, "replicated": 63}[p["attention"]]
+        sums = {"heads": 122, "replicated": 62}[p["attention"]]
         assert p["decode"][0]["link_seconds"] == pytest.approx(sums * 100e-6)
 
 
@@ -361,6 +367,11 @@ def inventory_path():
 def test_a_benchs_machine_and_link(bench):
     machine, link = machine_of(bench, "b.json"), link_of(bench, "b.json")
     assert (machine.bandwidth, machine.flops, machine.launch) == (400e9, 10e12, 3e-6)
+    assert (machine.attention_bandwidth, machine.attention_flops) == (400e9, 10e12)
+    own = bench["machine"] | {"matvec_bandwidth": 300e9, "attention_flops": 9e12}
+    machine = machine_of(bench | {"machine": own}, "b.json")
+    assert (machine.bandwidth, machine.attention_bandwidth, machine.attention_flops) == (300e9, 400e9, 9e12)
+    assert "matvec_bandwidth" in machine.sources["bandwidth"] and "b.json" in machine.sources["launch"]
     assert link.latency(4) == pytest.approx(60e-6) and link.latency(2) == pytest.approx(20e-6)
     assert link.seconds(4, 2e9) == pytest.approx(60e-6 + 1.0)
     nccl = link_of(bench | {"backend": "nccl"}, "b.json")
