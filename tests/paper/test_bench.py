@@ -185,8 +185,8 @@ def result(vs: bool) -> dict:
         "ours": run_of(0.002, 1),
         "split": {
             "step_seconds": 0.002, "compute_seconds": 0.001, "communication_seconds": 0.0006, "host_seconds": 0.0004,
-            "sums": 13, "gathers": 1, "collectives": 14, "sum_latency": 4e-5, "bare_seconds": 0.00056,
-            "communication_to_bare": 1.07,
+            "operations": 300, "sums": 13, "gathers": 1, "collectives": 14, "sum_latency": 4e-5,
+            "bare_seconds": 0.00056, "communication_to_bare": 1.07,
         },
         "floor": {"bytes_read": 10**9, "read_seconds": 0.0005, "seconds": 0.00106},
     }  # fmt: skip
@@ -220,7 +220,7 @@ def test_tables():
     )
     assert decode == ["512", "2.000 ms", "500.0", "5.000 ms", "200.0", "2.50x (2.25 to 2.75)", "1.060 ms", "0.500 ms",
                       "1.0e-06"]  # fmt: skip
-    assert split == ["512", "2.000 ms", "1.000 ms", "0.600 ms", "0.400 ms", "13", "1", "0.560 ms", "1.07"]
+    assert split == ["512", "2.000 ms", "1.000 ms", "0.600 ms", "0.400 ms", "300", "13", "1", "0.560 ms", "1.07"]
     assert prefill == ["2048", "0", "500.000 ms", "4096.0", "1250.000 ms", "1638.4", "2.50x (2.25 to 2.75)",
                        "256.0 MiB", "512.0 MiB", "1,024.0 MiB", "2,048.0 MiB"]  # fmt: skip
     assert "M: 2 ranks over ring on D, F32, built in 1.5 s" in text

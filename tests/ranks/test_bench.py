@@ -51,6 +51,7 @@ def check_figures(result: dict, world: int, vs: bool) -> None:
         assert split["host_seconds"] > 0
         assert split["collectives"] == split["sums"] + split["gathers"]
         assert (split["collectives"] > 0) == (world > 1)
+        assert split["operations"] > 100
         assert row["floor"]["seconds"] >= row["floor"]["read_seconds"] > 0
     for row in result["prefill"]:
         for runner in ("ours", "mlx_lm") if vs else ("ours",):
