@@ -72,17 +72,12 @@ def generate_tokens(
         mx.async_eval(token, candidates.note, candidates.agree)
         return Step(token, candidates.note, candidates.agree)
 
-    def prefilling() -> None:
-        progress(f"prefill of {len(request.prompt)} tokens, at {len(request.prompt) - prompt.size}")
-
-    prompt = mx.array(request.prompt, dtype=mx.uint32)
-    while prompt.size > request.prefill_chunk:
-        prefilling()
-        model.hidden(prompt[None, : request.prefill_chunk], cache=cache)
-        mx.eval([layer.state for layer in cache])
-        prompt = prompt[request.prefill_chunk :]
-    prefilling()
-    current = step(prompt)
+    *prompt, last = request.prompt
+    for first in range(0, len(prompt), request.prefill_chunk):
+        progress(f"prefill of {len(request.prompt)} tokens, at {first}")
+        model.prefill(mx.array([prompt[first : first + request.prefill_chunk]], dtype=mx.uint32), cache)
+    progress(f"prefill of {len(request.prompt)} tokens, the last")
+    current = step(mx.array([last], dtype=mx.uint32))
     for number in range(request.max_tokens):
         following = step(current.token) if number + 1 < request.max_tokens else None
         token = current.token.item()

@@ -15,7 +15,7 @@ def attend_step(
     q: mx.array, keys: mx.array, values: mx.array, index_q: mx.array, index_k: mx.array, step: Step, c: ModelConfig
 ) -> mx.array:
     """q [rows, kv_heads * group, 1, head_dim]; keys, values [rows, kv_heads, capacity, head_dim]; index_q [rows,
-    kv_heads, 1, index_dim]; index_k float32 [rows, 1, capacity, index_dim]. Returns q's shape and dtype."""
+    kv_heads, 1, index_dim] and index_k [rows, 1, capacity, index_dim] float32. Returns q's shape and dtype."""
     rows, heads = keys.shape[:2]
     index_k = index_k[:, :, : step.slots]
     first = step.first(rows * heads).reshape(rows, heads, 1)
@@ -40,7 +40,7 @@ def _gather(
     first block where all buffers' blocks stand in a row.
     """
     rows, heads, _, dim = keys.shape
-    scores = index_q.astype(mx.float32) @ index_k.swapaxes(-1, -2)
+    scores = index_q @ index_k.swapaxes(-1, -2)
     best = scores.reshape(rows, heads, -1, size).max(axis=-1)
     order = mx.argpartition(-(best + bias), kth=max(0, last.size - 2), axis=-1)[..., : last.size]
     chosen = mx.where(last >= 0, last, order.astype(mx.int32)) + first

@@ -68,8 +68,11 @@ class HeadProjections:
     def _shape(self) -> tuple[tuple[kernels.Part, ...], int, float, float]:
         """The parts in their order, rotated dimensions, RoPE's base and the norms' epsilon."""
         c = self.config
-        parts = (kernels.Part(name, n, name in self.normed) for name, n in zip(self.names, self._counts()))
-        return tuple(parts), c.rotary_dim, c.rope_theta, c.rms_norm_eps
+        parts = tuple(
+            kernels.Part(name, heads, normed=name in self.normed, wide=name.startswith("index"))  # scores are float32
+            for name, heads in zip(self.names, self._counts())
+        )
+        return parts, c.rotary_dim, c.rope_theta, c.rms_norm_eps
 
     def _kernel(self, dtype: mx.Dtype) -> tuple[object, ...]:
         return ("turn_heads", *self._shape(), self.dim, dtype)
@@ -122,7 +125,8 @@ def _turn_heads(
     found, first = [], 0
     for part in parts:
         last = first + part.heads
-        found.append(turned[:, first:last] if part.normed else _heads_first(x[:, :, first:last]))
+        heads = turned[:, first:last] if part.normed else _heads_first(x[:, :, first:last])
+        found.append(heads.astype(mx.float32) if part.wide else heads)
         first = last
     return found
 

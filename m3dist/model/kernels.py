@@ -120,11 +120,13 @@ def add_and_norm(x: mx.array, more: mx.array, gain: mx.array, eps: float) -> tup
 
 @dataclass(frozen=True)
 class Part:
-    """Some heads of a product: their name, how many, whether they are normalised and rotated."""
+    """Some heads of a product: their name, how many, whether they are normalised and rotated, and whether what comes
+    out is float32."""
 
     name: str
     heads: int
     normed: bool
+    wide: bool
 
 
 @lru_cache
@@ -133,12 +135,12 @@ def _turn_heads(parts: tuple[Part, ...], dim: int, rotated: int, base: float, ep
     heads, normed = sum(part.heads for part in parts), sum(part.heads for part in parts if part.normed)
     store, first = [], 0
     for part in parts:
-        last = first + part.heads
+        last, dtype = first + part.heads, "float" if part.wide else "T"
         store.append(
             f"""
     if (head >= {first} && head < {last}) {{
       const unsigned int to = ((row * {part.heads} + head - {first}) * tokens + token) * {dim} + lane;
-      for (int i = 0; i < {held}; ++i) {part.name}[to + {LANES} * i] = static_cast<T>(value[i]);
+      for (int i = 0; i < {held}; ++i) {part.name}[to + {LANES} * i] = static_cast<{dtype}>(static_cast<T>(value[i]));
     }}"""
         )
         first = last
@@ -180,7 +182,8 @@ def turn_heads(
     x: mx.array, gain: mx.array, offset: mx.array, parts: tuple[Part, ...], rotated: int, base: float, eps: float
 ) -> list[mx.array]:
     """x [rows, tokens, heads, dim], the normalised heads first, gain float32 [normalised heads, dim] -> each part's
-    heads [rows, heads, tokens, dim]. `offset` int32: the position of the first token, of all rows or of each.
+    heads [rows, heads, tokens, dim], rounded to x's dtype also where they are wide. `offset` int32: the position of the
+    first token, of all rows or of each.
 
     Needs dim and rotated / 2 in multiples of LANES.
     """
@@ -192,7 +195,7 @@ def turn_heads(
         grid=(groups * GROUP, 1, 1),
         threadgroup=(GROUP, 1, 1),
         output_shapes=[(rows, part.heads, tokens, dim) for part in parts],
-        output_dtypes=[x.dtype] * len(parts),
+        output_dtypes=[mx.float32 if part.wide else x.dtype for part in parts],
     )
 
 

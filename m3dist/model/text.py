@@ -81,6 +81,25 @@ class TextModel(nn.Module):
             found = self._run(number, partial(self._between, number), h, attended, positions)
         return found["h"]
 
+    def prefill(self, tokens: mx.array, cache: Sequence[LayerCache]) -> None:
+        """Take tokens [rows, n] into the cache; nothing else of them is wanted.
+
+        Layer by layer, the next being submitted while one computes: so memory holds the intermediate results of two
+        layers, and no submission grows with the model.
+        """
+        positions = Positions(tuple(cache[0].starts(tokens.shape[0])), tokens.shape[1])
+        found, before = self._start(tokens, positions.offset), None
+        for number, (layer, layer_cache) in enumerate(zip(self.layers, cache)):
+            h = found.pop("h")
+            attended = layer.self_attn.attend(found, positions, layer_cache)
+            if number + 1 < len(self.layers):
+                found = self._between(number, h, attended, positions.offset)
+                mx.async_eval(found, layer_cache.state)
+                if before is not None:
+                    mx.eval(before)
+                before = found["h"]
+        mx.eval([layer_cache.state for layer_cache in cache])
+
     def _run(self, name: Hashable, function: Callable[..., Any], *arguments: Any) -> dict[str, mx.array]:
         *arrays, positions = arguments
         if positions.tokens > 1:
@@ -161,6 +180,10 @@ class Model(nn.Module):
         for layer_cache in cache:
             layer_cache.finalize()
         return hidden
+
+    def prefill(self, tokens: mx.array, cache: Sequence[LayerCache]) -> None:
+        """Take tokens [rows, n] into the cache, evaluated when this returns."""
+        self.language_model.model.prefill(tokens, cache)
 
     def local_logits(self, hidden: mx.array) -> mx.array:
         """[..., hidden_size] -> logits of the vocabulary rows this rank holds."""
