@@ -99,7 +99,8 @@ def build_peer(ours: Model, plan: Plan, comm: Comm, progress: Progress) -> Peer:
     for name, x in ours.held_arrays():
         progress(f"build of mlx-lm's {name}")
         for theirs, part in peer_arrays(name, x, plan, comm).items():
-            arrays[theirs] = even_part(theirs, part, shapes, comm)
+            # Ours may be parts of joined arrays; a strided weight would cost mlx-lm a copy with every product.
+            arrays[theirs] = mx.contiguous(even_part(theirs, part, shapes, comm))
             mx.eval(arrays[theirs])
     model.load_weights(list(arrays.items()))
     model.eval()
@@ -130,8 +131,8 @@ def peer_arrays(name: str, x: mx.array, plan: Plan, comm: Comm) -> dict[str, mx.
     if module.endswith(".gate_up_proj"):
         gate, up = mx.split(x, 2, axis=-2)
         return {
-            name.replace(".gate_up_proj", ".gate_proj"): mx.contiguous(gate),
-            name.replace(".gate_up_proj", ".up_proj"): mx.contiguous(up),
+            name.replace(".gate_up_proj", ".gate_proj"): gate,
+            name.replace(".gate_up_proj", ".up_proj"): up,
         }
     if module.endswith((".embed_tokens", ".lm_head")):
         return {name: whole_rows(x, [share.spans["vocabulary"] for share in plan.shares], comm)}
@@ -154,7 +155,7 @@ def even_part(name: str, x: mx.array, shapes: Mapping[str, tuple[int, ...]], com
     wanted = shapes[name]
     for axis, (have, need) in enumerate(zip(x.shape, wanted)):
         if have == need * comm.world and comm.world > 1:
-            x = mx.contiguous(mx.split(x, comm.world, axis=axis)[comm.rank])
+            x = mx.split(x, comm.world, axis=axis)[comm.rank]
     if x.shape != wanted:
         raise PlanError(
             f"--vs mlx-lm: {name} is {list(x.shape)} on rank {comm.rank} of our plan and {list(wanted)} in mlx-lm's,"

@@ -106,6 +106,7 @@ def subject(
         keep_resident(plan, comm.rank, longest(lengths(options, inventory.config)))
         model = Model(inventory.config)
         model.hold(plan, comm, random_weights(plan, comm.rank, progress))
+        mx.clear_cache()  # what making random numbers took
     return model, plan, source
 
 
