@@ -127,7 +127,7 @@ def quantise(model: nn.Module, plan: Plan) -> None:
 def peer_arrays(name: str, x: mx.array, plan: Plan, comm: Comm) -> dict[str, mx.array]:
     """One tensor we hold -> mlx-lm's names and arrays: gate apart from up, vocabulary rows of all ranks, and the
     router's scales in the model's dtype, as mlx-lm's converter writes them."""
-    module, leaf = split_name(name)
+    module, _ = split_name(name)
     if module.endswith(".gate_up_proj"):
         gate, up = mx.split(x, 2, axis=-2)
         return {
