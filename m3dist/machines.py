@@ -54,6 +54,7 @@ class Machine:
     attention_bandwidth: float  # bytes/s, reading K and V
     attention_flops: float  # FLOP/s
     launch: float  # seconds a kernel takes beyond its reads and its arithmetic
+    host: float = 0.0  # seconds Python takes to build and submit a layer of a decode step
     sources: Mapping[str, str] = field(default_factory=dict)
 
 

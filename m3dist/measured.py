@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from m3dist.bench.subject import FORMATS
@@ -61,7 +62,14 @@ def machine_of(result: dict[str, Any], path: str) -> Machine:
     }
     used = {field: next(name for name in names if figures.get(name)) for field, names in wanted.items()}
     sources = {field: f"{name} measured, {path}" for field, name in used.items()}
-    return Machine(result["device"], **{field: figures[name] for field, name in used.items()}, sources=sources)
+    values = {field: figures[name] for field, name in used.items()}
+    if hosts := [row["split"]["host_seconds"] for row in result["decode"]]:
+        layers = ModelConfig.from_dict(result["config"]).num_hidden_layers
+        values["host"], sources["host"] = (
+            median(hosts) / layers,
+            f"host_seconds of its {layers} layers measured, {path}",
+        )
+    return Machine(result["device"], **values, sources=sources)
 
 
 def link_of(result: dict[str, Any], path: str) -> Link | None:

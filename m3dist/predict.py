@@ -1,8 +1,9 @@
 """Seconds of a decode step and of a prefill on machines we may not have: a plan, a machine and a link, on paper.
 
 Each product and each attention takes the longer of reading its operands at the machine's bandwidth and computing at its
-FLOP/s; each kernel takes a launch beyond that, each sum its link's time. Nothing overlaps: a layer waits for its sums.
-No MLX. `m3dist plan --predict` prints it.
+FLOP/s; each kernel takes a launch beyond that, each sum its link's time. None of these overlap: a layer waits for its
+sums. Python builds the next step meanwhile, and is waited for where it takes longer. `m3dist plan --predict` prints it.
+No MLX.
 """
 
 import math
@@ -37,10 +38,11 @@ class Step:
     compute: float = 0.0  # in products that wait for arithmetic
     launch: float = 0.0
     link: float = 0.0
+    host: float = 0.0  # waiting for Python, beyond all else
 
     @property
     def seconds(self) -> float:
-        return self.memory + self.compute + self.launch + self.link
+        return sum(vars(self).values())
 
     def __add__(self, other: "Step") -> "Step":
         return Step(*(a + b for a, b in zip(vars(self).values(), vars(other).values())))
@@ -92,7 +94,9 @@ class Predictor:
 
     def decode(self, context: int, link: Link) -> Step:
         """One token, which sees `context` keys, its own included."""
-        return self.step(Tokens(context - 1, 1, sampled=True), link)
+        step = self.step(Tokens(context - 1, 1, sampled=True), link)
+        python = self.machine.host * self.config.num_hidden_layers
+        return step + Step(host=max(0.0, python - step.seconds))
 
     def prefill(self, tokens: int, chunk: int, link: Link, before: int = 0) -> Step:
         """A prompt of `tokens` after `before` others, `chunk` at a time, up to the first token of its answer."""

@@ -9,7 +9,7 @@ from typing import Any
 from m3dist.errors import PlanError
 from m3dist.machines import LAUNCH, LINKS, MACS, PUBLISHED_SPEEDS, USABLE_BANDWIDTH, USABLE_FLOPS, Link, Machine
 from m3dist.measured import Comparison, compare, link_of, machine_of, read_bench
-from m3dist.options import GenerateOptions
+from m3dist.options import MAX_RANKS, GenerateOptions
 from m3dist.plan_report import GIB, RESERVE_GIB, inventory_of, table
 from m3dist.predict import (
     KERNELS_DENSE_LAYER,
@@ -98,7 +98,7 @@ def machine_of_mac(name: str) -> Machine:
         "attention_flops": computes,
         "launch": "a chain of small kernels on an M3 Ultra (ml-explore/mlx issue 4521)",
     }
-    return Machine(name, bandwidth, flops, bandwidth, flops, LAUNCH, sources)
+    return Machine(name, bandwidth, flops, bandwidth, flops, LAUNCH, sources=sources)
 
 
 def replaced(figures: Any, flag: str, value: float | None, units: Mapping[str, float]) -> Any:
@@ -117,13 +117,15 @@ def assumptions(machine: Machine, links: Sequence[Link]) -> list[str]:
         f"{machine.name}: attention reads {machine.attention_bandwidth / 1e9:.4g} GB/s and computes"
         f" {machine.attention_flops / 1e12:.4g} TFLOP/s: {attention_source(machine)}",
         f"{machine.name}: {machine.launch * 1e6:.2f} us a kernel: {machine.sources['launch']}",
+        f"{machine.name}: {python_line(machine)}",
         f"kernels: {KERNELS_DENSE_LAYER} a dense layer, {KERNELS_MOE_LAYER} a layer with experts, {KERNELS_SELECTION}"
         f" more where it selects blocks, {KERNELS_TOKEN} beside the layers",
     ]
     for link in links:
         if link.mesh > 1:
             lines.append(f"{link.name}: a sum {us(link.exchange)} up to {link.mesh} ranks: {link.sources['exchange']}")
-        lines.append(f"{link.name}: {us(link.hop)} a hop, 2 (N - 1) hops in a ring: {link.sources['hop']}")
+        if link.mesh < MAX_RANKS:
+            lines.append(f"{link.name}: {us(link.hop)} a hop, 2 (N - 1) hops in a ring: {link.sources['hop']}")
         if link.handover:
             lines.append(f"{link.name}: {us(link.handover)} more a sum: {link.sources['handover']}")
         lines.append(f"{link.name}: a rank sends {link.bandwidth / 1e9:.2f} GB/s: {link.sources['bandwidth']}")
@@ -131,8 +133,14 @@ def assumptions(machine: Machine, links: Sequence[Link]) -> list[str]:
         *lines,
         "a product takes the longer of its reads and its arithmetic; K and V are read once a KV head, selected blocks"
         " once a query",
-        "nothing overlaps: neither sums nor launches with reading or computing; Python is hidden one step ahead",
+        "nothing overlaps: neither sums nor launches with reading or computing",
     ]
+
+
+def python_line(machine: Machine) -> str:
+    if not machine.host:
+        return "Python is taken to be faster than the GPU, one step ahead of it"
+    return f"Python takes {us(machine.host)} a layer, one step ahead: {machine.sources['host']}"
 
 
 def attention_source(machine: Machine) -> str:
@@ -192,12 +200,12 @@ def speeds(rows: Sequence[Sequence[Prediction]], memory: float | None) -> list[s
 def split(best: Sequence[Prediction]) -> list[str]:
     """Where the time goes."""
     parts = list(vars(Step()))
-    head = ["ranks", "link", "attention", *parts, *(f"prefill's {part}" for part in parts)]
+    head = ["ranks", "link", "attention", *parts, *(f"prefill's {part}" for part in parts[:-1])]  # no Python in it
     cells = [
         [
             *name(p),
             *(f"{1e3 * seconds:.2f}" for seconds in vars(p.decode[min(p.decode)]).values()),
-            *(f"{1e3 * seconds / p.prompt:.3f}" for seconds in vars(p.prefill).values()),
+            *(f"{1e3 * getattr(p.prefill, part) / p.prompt:.3f}" for part in parts[:-1]),
         ]
         for p in best
     ]

@@ -157,6 +157,15 @@ def test_sums_of_a_step_and_of_a_prompt(m3, attention, sums):
     assert alone.decode(512, latency).link == alone.prefill(500, 500, bandwidth).link == 0
 
 
+def test_python_is_waited_for_where_it_takes_longer(m3):
+    plan = make_plan(m3, 1)
+    without = Predictor(plan, MAC).decode(512, FREE)
+    assert Predictor(plan, replace(MAC, host=without.seconds / 61)).decode(512, FREE) == without
+    waiting = Predictor(plan, replace(MAC, host=without.seconds / 59)).decode(512, FREE)
+    assert waiting.seconds == pytest.approx(without.seconds * 60 / 59)
+    assert replace(waiting, host=0.0) == without
+
+
 def test_a_sums_latency_by_topology():
     ring = Link("ring", hop=1.0, bandwidth=1.0, handover=0.25)
     assert [ring.latency(world) for world in (1, 2, 4, 8)] == [0, 2.25, 6.25, 14.25]
@@ -299,7 +308,7 @@ def test_contexts_and_prompts_asked_for(capsys):
     assert [step["context"] for step in p["decode"]] == [4096] and p["prefill"]["prompt"] == 1000
     assert p["link"] is None and p["decode"][0]["link_seconds"] == 0
     one = p["prefill"]
-    parts = ("memory", "compute", "launch", "link")
+    parts = ("memory", "compute", "launch", "link", "host")
     assert one["seconds"] == pytest.approx(sum(one[f"{part}_seconds"] for part in parts))
     assert one["tokens_per_second"] == pytest.approx(1000 / one["seconds"])
 
@@ -353,7 +362,7 @@ def bench(m3):
         "config": config,
         "chunk": 512,
         "machine": machine,
-        "decode": [{"context": 512, "ours": {"seconds": 1.0}}],
+        "decode": [{"context": 512, "ours": {"seconds": 1.0}, "split": {"host_seconds": 60e-6}}],
         "prefill": [{"prompt": 512, "depth": 4096, "ours": {"seconds": 1.0}}],
     }
 
@@ -371,6 +380,7 @@ def test_a_benchs_machine_and_link(bench):
     own = bench["machine"] | {"matvec_bandwidth": 300e9, "attention_flops": 9e12}
     machine = machine_of(bench | {"machine": own}, "b.json")
     assert (machine.bandwidth, machine.attention_bandwidth, machine.attention_flops) == (300e9, 400e9, 9e12)
+    assert machine.host == pytest.approx(1e-6) and machine_of(bench | {"decode": []}, "b.json").host == 0
     assert "matvec_bandwidth" in machine.sources["bandwidth"] and "b.json" in machine.sources["launch"]
     assert link.latency(4) == pytest.approx(60e-6) and link.latency(2) == pytest.approx(20e-6)
     assert link.seconds(4, 2e9) == pytest.approx(60e-6 + 1.0)
