@@ -1,6 +1,6 @@
-"""Three kernels of our own for the small parts between large products, one source for CUDA and for Metal.
+"""Kernels of our own for the small parts between large products, one source for CUDA and for Metal.
 
-A decode step on a fast GPU takes as long as its operations are many; each of these stands for three to five of MLX's.
+A decode step on a fast GPU takes as long as its operations are many; each of these stands for two to ten of MLX's.
 `check` runs a kernel against MLX's own operations before it is trusted, once a process: where it does not compile or
 gives other numbers, MLX's operations are used and a line on stderr says so. The Metal side has not run on a Mac yet.
 """
@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
+from zlib import crc32
 
 import mlx.core as mx
 
@@ -62,9 +63,8 @@ _PRELUDES = {
 def _kernel(name: str, inputs: Sequence[str], outputs: Sequence[str], source: str) -> Callable[..., Any]:
     kind, make = ("metal", mx.fast.metal_kernel) if mx.metal.is_available() else ("cuda", mx.fast.cuda_kernel)
     body = f"{_PRELUDES[kind]}\nconst unsigned int lane = thread % {LANES};\n{source}"
-    return make(
-        name=f"m3dist_{name}", input_names=list(inputs), output_names=list(outputs), source=body, header=_HEADERS[kind]
-    )
+    unique = f"m3dist_{name}_{crc32(body.encode()):08x}"  # MLX compiles once a name
+    return make(name=unique, input_names=list(inputs), output_names=list(outputs), source=body, header=_HEADERS[kind])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -190,7 +190,7 @@ def turn_heads(
     rows, tokens, heads, dim = x.shape
     groups = -(-rows * tokens * heads // (GROUP // LANES))
     return _turn_heads(parts, dim, rotated, base, eps)(
-        inputs=[x, gain, mx.broadcast_to(offset, (rows,))],
+        inputs=[x, gain, offset if offset.ndim else mx.broadcast_to(offset, (rows,))],
         template=[("T", x.dtype)],
         grid=(groups * GROUP, 1, 1),
         threadgroup=(GROUP, 1, 1),
@@ -252,6 +252,76 @@ def choose_experts(logits: mx.array, bias: mx.array, k: int) -> tuple[mx.array, 
         output_dtypes=[mx.uint32, mx.float32],
     )
     return chosen, scores
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# SwigluOAI, and the weighted sum of a token's experts
+
+
+@lru_cache
+def _swiglu(alpha: float, limit: float) -> Callable[..., Any]:
+    return _kernel(
+        "swiglu",
+        ("gate_up",),
+        ("out",),
+        f"""
+    const unsigned int at = group * {GROUP} + thread;
+    if (at >= ROWS * WIDTH) return;
+    const unsigned int from = at / WIDTH * 2 * WIDTH + at % WIDTH;
+    const float gate = min(static_cast<float>(gate_up[from]), {limit!r}f);
+    const float up = max(min(static_cast<float>(gate_up[from + WIDTH]), {limit!r}f), -{limit!r}f);
+    out[at] = static_cast<T>((up + 1.0f) * gate / (1.0f + exp(-{alpha!r}f * gate)));
+""",
+    )
+
+
+def swiglu_oai(gate_up: mx.array, alpha: float, limit: float) -> mx.array:
+    """As layers.swiglu_oai: [..., 2n] -> [..., n]. For decode steps: the number of rows is compiled in."""
+    *rows, width = gate_up.shape
+    count = math.prod(rows)
+    return _swiglu(alpha, limit)(
+        inputs=[gate_up],
+        template=[("T", gate_up.dtype), ("ROWS", count), ("WIDTH", width // 2)],
+        grid=(-(-count * (width // 2) // GROUP) * GROUP, 1, 1),
+        threadgroup=(GROUP, 1, 1),
+        output_shapes=[(*rows, width // 2)],
+        output_dtypes=[gate_up.dtype],
+    )[0]
+
+
+@lru_cache
+def _combine(hidden: int, k: int, scale: float) -> Callable[..., Any]:
+    return _kernel(
+        f"combine_{hidden}_{k}",
+        ("routed", "scores", "shared"),
+        ("out",),
+        f"""
+    const unsigned int at = group * {GROUP} + thread;
+    const unsigned int token = at / {hidden}, d = at % {hidden};
+    if (token >= routed_shape[0]) return;
+    float sum = 0;
+    for (int i = 0; i < {k}; ++i) sum += scores[token * {k} + i];
+    const float factor = {scale!r}f / (sum + 1e-20f);
+    float total = static_cast<float>(shared[at]);
+    for (int i = 0; i < {k}; ++i) {{
+      total += static_cast<float>(routed[(token * {k} + i) * {hidden} + d]) * (scores[token * {k} + i] * factor);
+    }}
+    out[at] = static_cast<T>(total);
+""",
+    )
+
+
+def combine(routed: mx.array, scores: mx.array, shared: mx.array, scale: float) -> mx.array:
+    """As moe.combine: routed [tokens, k, hidden], scores float32 [tokens, k], shared [tokens, hidden] -> as shared."""
+    tokens, k, hidden = routed.shape
+    return _combine(hidden, k, scale)(
+        inputs=[routed, scores, shared],
+        template=[("T", shared.dtype)],
+        grid=(-(-tokens * hidden // GROUP) * GROUP, 1, 1),
+        threadgroup=(GROUP, 1, 1),
+        output_shapes=[shared.shape],
+        output_dtypes=[shared.dtype],
+    )[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

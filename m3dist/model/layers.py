@@ -1,11 +1,15 @@
 """The small parts: GemmaRMSNorm, SwigluOAI, and the gated MLP that dense layers and the shared expert are."""
 
+import math
+
 import mlx.core as mx
 import mlx.nn as nn
 
 from m3dist.comm import Comm
 from m3dist.model import kernels
 from m3dist.model.fusion import fused
+
+FEW_ROWS = 64  # of a decode step; a kernel is compiled for each number of them
 
 
 class GemmaRMSNorm(nn.Module):
@@ -53,16 +57,36 @@ def _add_and_norm(x: mx.array, more: mx.array, gain: mx.array, eps: float) -> tu
     return total, mx.fast.rms_norm(total.astype(mx.float32), gain, eps).astype(x.dtype)
 
 
-@fused
 def swiglu_oai(gate_up: mx.array, alpha: float, limit: float) -> mx.array:
     """[..., 2n] of gate then up -> [..., n]: (up + 1) * gate * sigmoid(alpha * gate), both clamped to `limit`.
 
     The gate has an upper clamp only. Source: transformers, MiniMaxM3VLDenseMLP.
     """
+    few = math.prod(gate_up.shape[:-1]) <= FEW_ROWS
+    run = kernels.swiglu_oai if few and kernels.trusted(_swiglu_kernel(alpha, limit, gate_up.dtype)) else _swiglu_oai
+    return run(gate_up, alpha, limit)
+
+
+@fused
+def _swiglu_oai(gate_up: mx.array, alpha: float, limit: float) -> mx.array:
     gate, up = mx.split(gate_up, 2, axis=-1)
     gate = mx.minimum(gate, limit)
     up = mx.clip(up, -limit, limit)
     return (up + 1) * gate * mx.sigmoid(alpha * gate)
+
+
+def prepare_swiglu(alpha: float, limit: float, dtype: mx.Dtype) -> None:
+    """See whether our kernel can be trusted with `dtype`."""
+    arguments = (4 * mx.random.normal((3, 192), key=mx.random.key(1))).astype(dtype), alpha, limit
+    kernels.check(
+        _swiglu_kernel(alpha, limit, dtype),
+        lambda: [kernels.swiglu_oai(*arguments)],
+        lambda: [_swiglu_oai(arguments[0].astype(mx.float32), alpha, limit)],
+    )
+
+
+def _swiglu_kernel(alpha: float, limit: float, dtype: mx.Dtype) -> tuple[object, ...]:
+    return ("swiglu_oai", alpha, limit, dtype)
 
 
 class GatedMLP(nn.Module):

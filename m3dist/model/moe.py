@@ -150,7 +150,8 @@ class SparseMoeBlock(nn.Module):
             routed = self.switch_mlp(flat, experts)
         else:
             routed = self.switch_mlp.held(flat, experts, self.first_expert)
-        y = _combine(routed, scores, self.shared_experts(flat), self.scale)
+        run = kernels.combine if kernels.trusted(self._combining(x.dtype)) else combine
+        y = run(routed, scores, self.shared_experts(flat), self.scale)
         return self.comm.all_sum(y).reshape(x.shape)
 
     def route(self, x: mx.array) -> tuple[mx.array, mx.array]:
@@ -162,8 +163,8 @@ class SparseMoeBlock(nn.Module):
         run = kernels.choose_experts if kernels.trusted(self._kernel) else choose_experts
         return run(self.gate(x.astype(mx.float32)), self.e_score_correction_bias.astype(mx.float32), self.k)
 
-    def prepare(self) -> None:
-        """See whether our kernel can be trusted."""
+    def prepare(self, dtype: mx.Dtype) -> None:
+        """See whether our kernels can be trusted with `dtype`."""
         logits, bias = (mx.random.normal((5, self.num_experts), key=mx.random.key(i)) for i in range(2))
         arguments = logits, bias[0], self.k
 
@@ -177,9 +178,17 @@ class SparseMoeBlock(nn.Module):
             lambda: in_order(choose_experts(*arguments)),
         )
 
+        hidden = self.shared_experts.down_proj.weight.shape[0]
+        routed = mx.random.normal((3, self.k + 1, hidden), key=mx.random.key(2)).astype(dtype)
+        parts = routed[:, 1:], mx.sigmoid(logits[:3, : self.k]), routed[:, 0], self.scale
+        kernels.check(self._combining(dtype), lambda: [kernels.combine(*parts)], lambda: [combine(*parts)])
+
     @property
     def _kernel(self) -> tuple[object, ...]:
         return ("choose_experts", self.num_experts, self.k)
+
+    def _combining(self, dtype: mx.Dtype) -> tuple[object, ...]:
+        return ("combine", self.k, self.scale, dtype)
 
 
 def choose_experts(logits: mx.array, bias: mx.array, k: int) -> tuple[mx.array, mx.array]:
@@ -205,7 +214,7 @@ def expert_weights(scores: mx.array, scale: float) -> list[mx.array]:
 
 
 @fused
-def _combine(routed: mx.array, scores: mx.array, shared: mx.array, scale: float) -> mx.array:
+def combine(routed: mx.array, scores: mx.array, shared: mx.array, scale: float) -> mx.array:
     """routed [tokens, k, hidden], weighted by scores, plus shared [tokens, hidden]. In float32, rounded once.
 
     Column by column, not as a sum over an axis: so it is one kernel.

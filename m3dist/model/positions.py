@@ -30,8 +30,8 @@ class Positions:
 
     @cached_property
     def offset(self) -> mx.array:
-        """What mx.fast.rope takes: one for all rows, or one a row."""
-        return mx.array(self.starts[0] if self.aligned else self.starts, dtype=mx.int32)
+        """int32: where the first token stands; [rows], or [] where several rows start at the same position."""
+        return mx.array(self.starts[0] if self.aligned and len(self.starts) > 1 else self.starts, dtype=mx.int32)
 
     @cached_property
     def array(self) -> mx.array:

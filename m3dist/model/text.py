@@ -19,7 +19,7 @@ from m3dist.config import ModelConfig
 from m3dist.errors import CheckpointError
 from m3dist.model.attention import Attention
 from m3dist.model.fusion import Compiled
-from m3dist.model.layers import DenseMLP, GemmaRMSNorm
+from m3dist.model.layers import DenseMLP, GemmaRMSNorm, prepare_swiglu
 from m3dist.model.moe import SparseMoeBlock
 from m3dist.model.positions import Positions
 from m3dist.plan import Plan, plan_world
@@ -285,8 +285,9 @@ class Model(nn.Module):
             layer.input_layernorm.prepare(dtype)
             layer.post_attention_layernorm.prepare(dtype)
             if isinstance(layer.feed_forward, SparseMoeBlock):
-                layer.feed_forward.prepare()
+                layer.feed_forward.prepare(dtype)
         text.norm.prepare(dtype)
+        prepare_swiglu(self.args.swiglu_alpha, self.args.swiglu_limit, dtype)
         self.forget()
 
     def held_arrays(self) -> list[tuple[str, mx.array]]:
