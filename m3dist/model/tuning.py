@@ -14,7 +14,7 @@ class Tuning:
 
 
 # cpu, float32, 2 KV heads of 16 query heads: gathering 4 or 16 MiB at a time takes 6.4 ms a query at any depth, 64 MiB
-# 7.6; masked attention 1.14 times as long at 2,560 slots and 2.4 times at 4,096.
+# 7.6; masked attention takes 1.2 times as long at 2,560 slots and 1.9 times at 4,096.
 # cuda, metal: not measured yet, so masked attention is not used there either.
 TUNING = {
     "cpu": Tuning(scratch=4 << 20, masked_slots=0),
