@@ -10,6 +10,8 @@ from m3dist import layout
 from m3dist.errors import PlanError
 from m3dist.tensors import BYTES, Inventory, TensorSpec, split_name
 
+INDEX_BYTES = 4  # a value of index K: cache.py keeps it in float32
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -63,7 +65,7 @@ class Plan:
         first, last = layout.kv_heads(self.shares[rank], c)
         main = 2 * (last - first) * c.head_dim * c.num_hidden_layers
         index = c.sparse_index_dim * sum(c.sparse_attention_freq)
-        return (main + index) * BYTES[self.inventory.dtype]
+        return main * BYTES[self.inventory.dtype] + index * INDEX_BYTES
 
     @cached_property
     def digest(self) -> str:

@@ -15,7 +15,7 @@ from m3dist.errors import PlanError
 from m3dist.layout import decode_fraction, kv_heads, query_heads
 from m3dist.machines import Link, Machine
 from m3dist.options import ATTENTION
-from m3dist.plan import Plan, make_plan
+from m3dist.plan import INDEX_BYTES, Plan, make_plan
 from m3dist.tensors import BYTES, Inventory, modules
 
 # Kernels of a decode step on a GPU, where what model/fusion.py joins is one: of a layer with a dense MLP, of one with
@@ -27,7 +27,6 @@ KERNELS_SELECTION = 10
 KERNELS_TOKEN = 30
 # Sums beside the layers': the embedding's, and the gathering of a token's candidates.
 SUMS_EMBEDDING, SUMS_SAMPLING = 1, 1
-INDEX_BYTES = 4  # a value of index K: cache.py keeps it in float32
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from m3dist.config import ModelConfig, read_config
 from m3dist.errors import ConfigError, PlanError
 from m3dist.layout import kv_heads
 from m3dist.options import BenchOptions
-from m3dist.plan import Plan
+from m3dist.plan import INDEX_BYTES, Plan
 from m3dist.plan_report import converted, inventory_of
 from m3dist.tensors import BYTES, Inventory, Quantization
 
@@ -144,6 +144,5 @@ def cache_read_bytes(plan: Plan, rank: int, context: int) -> int:
     kept = 2 * (last - first) * c.head_dim  # values of K and V a token
     sparse, budget = sum(c.sparse_attention_freq), c.sparse_topk_blocks * c.sparse_block_size
     values = (c.num_hidden_layers - sparse) * context * kept + sparse * min(context, budget) * kept
-    if context > budget:
-        values += sparse * context * c.sparse_index_dim
-    return values * BYTES[plan.inventory.dtype]
+    index = sparse * context * c.sparse_index_dim if context > budget else 0
+    return values * BYTES[plan.inventory.dtype] + index * INDEX_BYTES

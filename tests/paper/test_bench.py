@@ -158,7 +158,7 @@ def test_cache_reads_by_hand(published):
     plan = make_plan(Inventory(replace_layers(published, 6), "BF16"), 2)
     kept = 2 * 2 * 128 * 2
     assert cache_read_bytes(plan, 0, 1000) == 6 * 1000 * kept  # all blocks fit the budget: nothing reads the index
-    assert cache_read_bytes(plan, 0, 32768) == 3 * 32768 * kept + 3 * (2048 * kept + 32768 * 128 * 2)
+    assert cache_read_bytes(plan, 0, 32768) == 3 * 32768 * kept + 3 * (2048 * kept + 32768 * 128 * 4)
 
 
 def replace_layers(config: ModelConfig, layers: int) -> ModelConfig:

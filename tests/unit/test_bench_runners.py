@@ -1,5 +1,7 @@
 """What the bench times, and that it leaves everything as it was: caches, async_eval, the model's communication."""
 
+from dataclasses import replace
+
 import mlx.core as mx
 import pytest
 from small_random import build, plan_of
@@ -16,6 +18,7 @@ from m3dist.bench.runners import (
 )
 from m3dist.comm import Comm
 from m3dist.model import Model
+from m3dist.plan import make_plan
 
 CONTEXT = 100  # beyond the block budget of 4 * 16 tokens
 NO_PROGRESS = lambda phase: None  # noqa: E731
@@ -48,6 +51,16 @@ def test_caches_are_filled_as_said(ours):
         for held, given in zip((layer.keys, layer.values, layer.index_keys), arrays):
             assert mx.array_equal(held[:, :, :CONTEXT], given)
             assert abs(given.mean().item()) < 0.1 and abs(given.std().item() - 1) < 0.1
+
+
+@pytest.mark.parametrize("dtype", ["F32", "BF16"])
+def test_caches_take_what_the_plan_says(dtype):
+    """256 tokens: the buffers have no room to spare."""
+    plan = make_plan(replace(plan_of().inventory, dtype=dtype), 1)
+    runner = Ours(Model(plan.inventory.config), plan, 32, NO_PROGRESS)
+    cache = runner.make_cache()
+    runner.fill(cache, random_cache(plan, runner.kv_heads, 256))
+    assert sum(layer.nbytes for layer in cache) == 256 * plan.cache_bytes_per_token(0)
 
 
 def test_a_shared_head_has_the_same_keys_on_both_ranks():
