@@ -7,9 +7,11 @@ from m3dist.cache import LayerCache
 from m3dist.comm import Comm
 from m3dist.config import ModelConfig
 from m3dist.model.decode import attend_one, attend_step
+from m3dist.model.dense import attend_causal
 from m3dist.model.heads import HeadProjections
 from m3dist.model.layers import GemmaRMSNorm
 from m3dist.model.positions import Positions
+from m3dist.model.products import multiply
 from m3dist.model.sparse import attend_sparse
 
 
@@ -91,16 +93,14 @@ class Attention(nn.Module):
         rows, _, tokens, _ = out.shape
         if tokens > 1:
             out = out.transpose(0, 2, 1, 3)
-        return self.comm.all_sum(self.o_proj(out.reshape(rows, tokens, -1)))
+        return self.comm.all_sum(multiply(self.o_proj, out.reshape(rows, tokens, -1)))
 
     def _dense(self, q: mx.array, positions: Positions, cache: LayerCache) -> mx.array:
         """Causal attention over everything up to each query's own position."""
-        keys, values = cache.keys[:, :, : positions.end], cache.values[:, :, : positions.end]
         scale = self.config.head_dim**-0.5
         if positions.aligned and positions.tokens == 1:
-            return attend_one(q, keys, values, scale)
-        mask = "causal" if positions.aligned else mx.arange(positions.end) <= positions.array[:, None, :, None]
-        return mx.fast.scaled_dot_product_attention(q, keys, values, scale=scale, mask=mask)
+            return attend_one(q, cache.keys[:, :, : positions.end], cache.values[:, :, : positions.end], scale)
+        return attend_causal(q, cache.keys, cache.values, positions, scale)
 
     def _sparse(self, q: mx.array, index_q: mx.array, positions: Positions, cache: LayerCache) -> mx.array:
         c, (rows, _, tokens, dim) = self.config, q.shape

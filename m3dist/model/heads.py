@@ -7,8 +7,9 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from m3dist.config import ModelConfig
-from m3dist.model import kernels
+from m3dist.model import kernels, matvec
 from m3dist.model.fusion import fused
+from m3dist.model.products import multiply_vector
 from m3dist.tensors import LEAVES
 
 
@@ -89,6 +90,8 @@ class HeadProjections:
         if "scales" not in self._joined:
             return x @ self._joined["weight"].T
         module = owner[f"{self.names[0]}_proj"]
+        if x.size == x.shape[-1] and matvec.usable(module, x, 1):
+            return multiply_vector(module, self._joined, x)
         return mx.quantized_matmul(
             x,
             self._joined["weight"],

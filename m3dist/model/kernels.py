@@ -60,7 +60,7 @@ _PRELUDES = {
 }
 
 
-def _kernel(name: str, inputs: Sequence[str], outputs: Sequence[str], source: str) -> Callable[..., Any]:
+def make_kernel(name: str, inputs: Sequence[str], outputs: Sequence[str], source: str) -> Callable[..., Any]:
     kind, make = ("metal", mx.fast.metal_kernel) if mx.metal.is_available() else ("cuda", mx.fast.cuda_kernel)
     body = f"{_PRELUDES[kind]}\nconst unsigned int lane = thread % {LANES};\n{source}"
     unique = f"m3dist_{name}_{crc32(body.encode()):08x}"  # MLX compiles once a name
@@ -73,7 +73,7 @@ def _kernel(name: str, inputs: Sequence[str], outputs: Sequence[str], source: st
 
 @lru_cache
 def _add_and_norm(hidden: int, eps: float) -> Callable[..., Any]:
-    return _kernel(
+    return make_kernel(
         f"add_and_norm_{hidden}",
         ("x", "more", "gain"),
         ("total", "normed"),
@@ -144,7 +144,7 @@ def _turn_heads(parts: tuple[Part, ...], dim: int, rotated: int, base: float, ep
     }}"""
         )
         first = last
-    return _kernel(
+    return make_kernel(
         f"turn_heads_{'_'.join(f'{part.name}{part.heads}' for part in parts)}_{dim}_{rotated}",
         ("x", "gain", "starts"),
         [part.name for part in parts],
@@ -206,7 +206,7 @@ def turn_heads(
 @lru_cache
 def _choose_experts(experts: int, k: int) -> Callable[..., Any]:
     held = -(-experts // LANES)
-    return _kernel(
+    return make_kernel(
         f"choose_experts_{experts}_{k}",
         ("logits", "bias"),
         ("chosen", "scores"),
@@ -260,7 +260,7 @@ def choose_experts(logits: mx.array, bias: mx.array, k: int) -> tuple[mx.array, 
 
 @lru_cache
 def _swiglu(alpha: float, limit: float) -> Callable[..., Any]:
-    return _kernel(
+    return make_kernel(
         "swiglu",
         ("gate_up",),
         ("out",),
@@ -291,7 +291,7 @@ def swiglu_oai(gate_up: mx.array, alpha: float, limit: float) -> mx.array:
 
 @lru_cache
 def _combine(hidden: int, k: int, scale: float) -> Callable[..., Any]:
-    return _kernel(
+    return make_kernel(
         f"combine_{hidden}_{k}",
         ("routed", "scores", "shared"),
         ("out",),

@@ -8,6 +8,7 @@ import mlx.nn as nn
 from m3dist.comm import Comm
 from m3dist.model import kernels
 from m3dist.model.fusion import fused
+from m3dist.model.products import multiply
 
 FEW_ROWS = 64  # of a decode step; a kernel is compiled for each number of them
 
@@ -99,7 +100,7 @@ class GatedMLP(nn.Module):
         self.alpha, self.limit = alpha, limit
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.down_proj(swiglu_oai(self.gate_up_proj(x), self.alpha, self.limit))
+        return multiply(self.down_proj, swiglu_oai(multiply(self.gate_up_proj, x), self.alpha, self.limit))
 
 
 class DenseMLP(GatedMLP):

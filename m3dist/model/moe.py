@@ -8,7 +8,7 @@ import mlx.nn as nn
 
 from m3dist.comm import Comm
 from m3dist.config import ModelConfig
-from m3dist.model import kernels
+from m3dist.model import kernels, matvec
 from m3dist.model.fusion import fused, on_gpu
 from m3dist.model.grouping import in_blocks
 from m3dist.model.layers import GatedMLP, swiglu_oai
@@ -44,6 +44,10 @@ class QuantizedSwitchLinear(nn.Module):
         self.group_size, self.bits, self.mode = group_size, bits, mode
 
     def __call__(self, x: mx.array, experts: mx.array, is_sorted: bool) -> mx.array:
+        if x.shape[-2] == 1 and matvec.usable(self, x, experts.size):
+            vectors, flat = x.reshape(-1, x.shape[-1]), experts.reshape(-1)
+            out = matvec.matvec(vectors, self.weight, self.scales, self.biases, self.bits, self.group_size, flat)
+            return out.reshape(*experts.shape, 1, -1)
         return mx.gather_qmm(
             x,
             self.weight,

@@ -17,11 +17,13 @@ from m3dist.cache import LayerCache
 from m3dist.comm import Comm, whole_world
 from m3dist.config import ModelConfig
 from m3dist.errors import CheckpointError
+from m3dist.model import matvec
 from m3dist.model.attention import Attention
 from m3dist.model.fusion import Compiled
 from m3dist.model.layers import DenseMLP, GemmaRMSNorm, prepare_swiglu
 from m3dist.model.moe import SparseMoeBlock
 from m3dist.model.positions import Positions
+from m3dist.model.products import multiply
 from m3dist.plan import Plan, plan_world
 from m3dist.sample import Candidates, Sampling, gather_candidates
 from m3dist.tensors import LEAVES, Inventory, Quantization, infer_quantization, modules
@@ -141,7 +143,7 @@ class LanguageModel(nn.Module):
 
     def logits(self, hidden: mx.array) -> mx.array:
         """[..., hidden] -> logits of the vocabulary rows this rank holds."""
-        return self.lm_head(hidden) if "lm_head" in self else self.model.embed_tokens.as_linear(hidden)
+        return multiply(self.lm_head, hidden) if "lm_head" in self else self.model.embed_tokens.as_linear(hidden)
 
 
 class Model(nn.Module):
@@ -286,6 +288,8 @@ class Model(nn.Module):
             layer.post_attention_layernorm.prepare(dtype)
             if isinstance(layer.feed_forward, SparseMoeBlock):
                 layer.feed_forward.prepare(dtype)
+        for module in self.modules():
+            matvec.prepare(module, dtype)
         text.norm.prepare(dtype)
         prepare_swiglu(self.args.swiglu_alpha, self.args.swiglu_limit, dtype)
         self.forget()
