@@ -1,8 +1,7 @@
 """What the machine itself can do, measured: memory and link, a kernel's launch, a product. Floors are made of these."""
 
-import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from statistics import median
 from typing import Any
 
@@ -17,13 +16,15 @@ from m3dist.tensors import Module, split_name
 
 SUMS = 100  # in a chain
 LAUNCHES = 400
+MATRICES = 64  # at most, one after another
 
 
 def measure_machine(plan: Plan, comm: Comm, progress: Callable[[str], None]) -> dict[str, Any]:
     """This rank's figures, taken on all ranks at once, as they are used:
 
     memory_bandwidth (bytes/s), sum_latency (s, one token's hidden state), sum_bandwidth (bytes/s), launch_seconds (one
-    small dependent operation), matmul_flops (FLOP/s in the weights' own format). What needs peers is None without.
+    small dependent operation), matmul_flops (FLOP/s in the weights' own format), matvec_bandwidth (bytes/s of weights
+    that one token's products read), attention_flops (FLOP/s). What needs peers is None without.
     """
     gpu = mx.default_device().type != mx.DeviceType.cpu
     c, dtype = plan.inventory.config, DTYPES[plan.inventory.dtype]
@@ -34,6 +35,8 @@ def measure_machine(plan: Plan, comm: Comm, progress: Callable[[str], None]) -> 
         "sum_bandwidth": lambda: sum_bandwidth(2**23, dtype, comm),
         "launch_seconds": lambda: launch_seconds(c.hidden_size, dtype, comm),
         "matmul_flops": lambda: matmul_flops(plan, 2048 if gpu else 128, comm),
+        "matvec_bandwidth": lambda: matvec_bandwidth(plan, 2**29 if gpu else 2**24, figures, comm),
+        "attention_flops": lambda: attention_flops(plan, 512 if gpu else 128, 4096 if gpu else 1024, comm),
     }.items():
         progress(f"measurement of {name}")
         figures[name] = measure()
@@ -99,20 +102,61 @@ def launch_seconds(hidden: int, dtype: mx.Dtype, comm: Comm) -> float:
 def matmul_flops(plan: Plan, rows: int, comm: Comm) -> float:
     """FLOP/s of [rows, hidden] times an expert's gate and up, in their own format."""
     c = plan.inventory.config
+    product, _ = expert_product(plan, 0)
+    x = mx.random.normal((rows, c.hidden_size)).astype(DTYPES[plan.inventory.dtype])
+    mx.eval(x)
+    return 4 * rows * c.intermediate_size * c.hidden_size / median(timed(lambda: product(x), comm))
+
+
+def matvec_bandwidth(plan: Plan, size: int, figures: Mapping[str, float], comm: Comm) -> float:
+    """Bytes/s of weights in products of one token, one after another, less a launch each: over `size` bytes of
+    different matrices, more than a cache holds.
+
+    No faster than memory: of small matrices on a fast GPU a launch is all there is.
+    """
+    x = mx.random.normal((1, plan.inventory.config.hidden_size)).astype(DTYPES[plan.inventory.dtype])
+    products, nbytes = [], 0
+    while nbytes < size and len(products) < MATRICES:
+        product, held = expert_product(plan, len(products))
+        products.append(product)
+        nbytes += held
+
+    def chain() -> mx.array:
+        y = products[0](x)
+        for product in products[1:]:
+            y = product(mx.depends(x, y))
+        return y
+
+    seconds = median(timed(chain, comm)) - len(products) * figures["launch_seconds"]
+    return nbytes / max(seconds, nbytes / figures["memory_bandwidth"])
+
+
+def expert_product(plan: Plan, seed: int) -> tuple[Callable[[mx.array], mx.array], int]:
+    """x [rows, hidden] -> x times an expert's gate and up [rows, 2 * intermediate_size], and the bytes these take."""
+    c = plan.inventory.config
     known = [name for name in plan.inventory.quantization if name.endswith(".gate_up_proj")]
     q = plan.inventory.quantization[known[0]] if known else None
-    module = Module("probe", (2 * c.intermediate_size, c.hidden_size))
+    module = Module(f"probe{seed}", (2 * c.intermediate_size, c.hidden_size))
     arrays = {}
     for name, spec in module.tensors(plan.inventory.dtype, q).items():
         leaf = split_name(name)[1]
         arrays[leaf] = random_tensor(name, leaf, spec, Slice(None), module.shape, q, 0)
-    x = mx.random.normal((rows, c.hidden_size)).astype(DTYPES[plan.inventory.dtype])
-    mx.eval(x, arrays)
+    mx.eval(arrays)
 
-    def product() -> mx.array:
+    def product(x: mx.array) -> mx.array:
         if q is None:
             return x @ arrays["weight"].T
         weight, scales, biases = arrays["weight"], arrays["scales"], arrays.get("biases")
         return mx.quantized_matmul(x, weight, scales, biases, True, q.group_size, q.bits, q.mode)
 
-    return 2 * rows * math.prod(module.shape) / median(timed(product, comm))
+    return product, sum(x.nbytes for x in arrays.values())
+
+
+def attention_flops(plan: Plan, queries: int, keys: int, comm: Comm) -> float:
+    """FLOP/s of `queries` that all see `keys`, in all the model's heads: two products, 2 FLOP a value each."""
+    c, dtype = plan.inventory.config, DTYPES[plan.inventory.dtype]
+    q = mx.random.normal((1, c.num_attention_heads, queries, c.head_dim)).astype(dtype)
+    k, v = mx.random.normal((2, 1, c.num_key_value_heads, keys, c.head_dim)).astype(dtype)
+    mx.eval(q, k, v)
+    seconds = timed(lambda: mx.fast.scaled_dot_product_attention(q, k, v, scale=c.head_dim**-0.5), comm)
+    return 4 * c.num_attention_heads * c.head_dim * queries * keys / median(seconds)

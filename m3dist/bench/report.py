@@ -114,7 +114,10 @@ def machine_line(m: Figures) -> str:
         line += f", a sum {m['sum_latency'] * 1e6:.1f} us"
     if m["sum_bandwidth"]:
         line += f", sums of 8 MiB {m['sum_bandwidth'] / 1e9:.2f} GB/s"
-    return f"{line}, a launch {m['launch_seconds'] * 1e6:.1f} us, products {m['matmul_flops'] / 1e12:.3f} TFLOP/s"
+    return (
+        f"{line}, a launch {m['launch_seconds'] * 1e6:.1f} us, products {m['matmul_flops'] / 1e12:.3f} TFLOP/s, of one"
+        f" token {m['matvec_bandwidth'] / 1e9:.1f} GB/s, attention {m['attention_flops'] / 1e12:.3f} TFLOP/s"
+    )
 
 
 def ratio_text(row: Figures) -> str:

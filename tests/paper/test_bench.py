@@ -200,7 +200,7 @@ def result(vs: bool) -> dict:
         "build_seconds": 1.5, "mlx_lm": "0.32.2" if vs else None, "tokens": 64, "repeats": 5,
         "caches": "filled with random keys and values", "weights_bytes": [2**30, 2**30],
         "machine": {"memory_bandwidth": 2e12, "sum_latency": 4e-5, "sum_bandwidth": 1e10, "launch_seconds": 2e-6,
-                    "matmul_flops": 5e14},
+                    "matmul_flops": 5e14, "matvec_bandwidth": 1.5e12, "attention_flops": 2e14},
         "agreement": {"tokens": 16, "relative_error": 3e-7, "dtype": "F32"} if vs else None,
         "decode": [decode], "prefill": [prefill],
     }  # fmt: skip
@@ -226,6 +226,7 @@ def test_tables():
     assert "M: 2 ranks over ring on D, F32, built in 1.5 s" in text
     assert "caches filled with random keys and values; medians of 5 runs, 64 tokens each" in text
     assert "memory 2000.0 GB/s, a sum 40.0 us, sums of 8 MiB 10.00 GB/s, a launch 2.0 us, products 500.000" in text
+    assert "TFLOP/s, of one token 1500.0 GB/s, attention 200.000 TFLOP/s" in text
     assert "logits of 16 tokens differ from mlx-lm 0.32.2's by 3.0e-07 of the largest" in text
 
 

@@ -33,7 +33,7 @@ def check_figures(result: dict, world: int, vs: bool) -> None:
     """Everything is there, and of a size that can be."""
     assert result["world"] == world and result["dtype"] == "F32" and result["caches"].startswith("filled with random")
     machine = result["machine"]
-    for name in ("memory_bandwidth", "launch_seconds", "matmul_flops"):
+    for name in ("memory_bandwidth", "launch_seconds", "matmul_flops", "matvec_bandwidth", "attention_flops"):
         assert machine[name] > 0
     for name in ("sum_latency", "sum_bandwidth"):
         assert machine[name] > 0 if world > 1 else machine[name] is None
