@@ -21,8 +21,10 @@ from m3dist.errors import CommunicationError, M3Error
 from m3dist.machines import LINKS, MACS
 from m3dist.options import (
     ATTENTION,
+    CPU_PREFILL_CHUNK,
     DTYPES,
     EXPERTS,
+    GPU_PREFILL_CHUNK,
     MAX_RANKS,
     MODES,
     RANDOM,
@@ -260,8 +262,13 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
     add(sampling, "--stop", metavar="TEXT", type=nonempty, action="append", help="end before TEXT; repeatable")
 
     cut = add_cut(parser, preset)
-    add(cut, "--prefill-chunk", metavar="N", type=whole(1), default=preset.prefill_chunk,
-        help="tokens of the prompt computed at a time")
+    add_prefill_chunk(cut)
+
+
+def add_prefill_chunk(group: Any) -> None:
+    add(group, "--prefill-chunk", metavar="N", type=whole(1),
+        help=f"tokens of the prompt computed at a time; default: {GPU_PREFILL_CHUNK} on a GPU, {CPU_PREFILL_CHUNK} on "
+        "the CPU")
 
 
 def add_cut(parser: argparse.ArgumentParser, preset: GenerateOptions | BenchOptions) -> Any:
@@ -299,7 +306,8 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
     add(runs, "--prefill", metavar="N,N,...", type=counts,
         help="prompts to prefill; default: 2048,8192, as far as the model goes")
     add(runs, "--chunk-at", metavar="N,N,...", type=counts, default=(), help="depths at which to prefill one chunk")
-    add(runs, "--chunk", metavar="N", type=whole(1), default=preset.chunk, help="tokens of our prefill at a time")
+    add(runs, "--chunk", metavar="N", type=whole(1), default=preset.chunk, help="tokens of the chunk at --chunk-at")
+    add_prefill_chunk(runs)
     add(runs, "--tokens", metavar="N", type=whole(1), default=preset.tokens, help="tokens of a decode run")
     add(runs, "--repeats", metavar="N", type=whole(1), default=preset.repeats, help="runs for each figure")
     add(runs, "--vs", choices=("mlx-lm",), help="also run mlx-lm's model, on the same weights, in turn with ours")
@@ -345,7 +353,8 @@ def add_predict(parser: argparse.ArgumentParser) -> None:
     add("--mac", choices=MACS, help="which Mac (default: m3-ultra)")
     add("--link", choices=LINKS, help="how they are connected (default: every way in turn)")
     add("--prompt-tokens", metavar="N", type=whole(1), help="prompt that is prefilled (default: 8192)")
-    add("--prefill-chunk", metavar="N", type=whole(1), help="tokens of it computed at a time (default: 512)")
+    add("--prefill-chunk", metavar="N", type=whole(1),
+        help=f"tokens of it computed at a time (default: {GPU_PREFILL_CHUNK}, or the bench's)")
     add("--from-bench", metavar="FILE", type=nonempty,
         help="what m3dist bench --json measured, instead of a Mac; also checks the prediction against it")
     add("--bandwidth", metavar="GB/S", type=positive, help="memory bandwidth that reading weights reaches")

@@ -18,7 +18,7 @@ from m3dist.config import ModelConfig, read_config
 from m3dist.engine import Request, generate_tokens
 from m3dist.errors import M3Error
 from m3dist.options import GenerateOptions
-from m3dist.rank import START_LIMIT, STEP_LIMIT, find, join, load_model, run_rank
+from m3dist.rank import START_LIMIT, STEP_LIMIT, find, join, load_model, prefill_chunk_of_device, run_rank
 from m3dist.sample import Sampling
 from m3dist.text import ReasoningSplitter, Text, TextStream
 from m3dist.watchdog import Watchdog
@@ -117,7 +117,8 @@ class Answer:
         self.max_tokens = min(options.max_tokens, most - len(ids))
         seed = options.seed if options.seed is not None else int.from_bytes(os.urandom(4), "little")
         sampling = Sampling(options.temperature, options.top_p, options.top_k, options.min_p)
-        return Request(ids, self.max_tokens, seed, options.prefill_chunk, sorted(self.text.stop_ids), sampling)
+        chunk = options.prefill_chunk or prefill_chunk_of_device()
+        return Request(ids, self.max_tokens, seed, chunk, sorted(self.text.stop_ids), sampling)
 
     def add(self, token: int) -> bool:
         """Take the next token, show what can be shown; true once a stop string has come."""

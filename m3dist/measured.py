@@ -39,8 +39,8 @@ def read_bench(path: str) -> dict[str, Any]:
     try:
         lines = Path(path).read_text(encoding="utf-8").strip().splitlines()
         result = json.loads(lines[-1])
-        machine = result["machine"]
-        missing = {"memory_bandwidth", "launch_seconds", "matmul_flops"} - machine.keys()
+        missing = {"memory_bandwidth", "launch_seconds", "matmul_flops"} - result["machine"].keys()
+        missing |= {"prefill_chunk"} - result.keys()
     except OSError as error:
         raise PlanError(f"--from-bench: {error}") from None
     except (ValueError, LookupError, TypeError, AttributeError):
@@ -63,7 +63,7 @@ def machine_of(result: dict[str, Any], path: str) -> Machine:
     used = {field: next(name for name in names if figures.get(name)) for field, names in wanted.items()}
     sources = {field: f"{name} measured, {path}" for field, name in used.items()}
     values = {field: figures[name] for field, name in used.items()}
-    if hosts := [row["split"]["host_seconds"] for row in result["decode"]]:
+    if hosts := [row["split"]["host_seconds"] for row in result["decode"] if "split" in row]:
         layers = ModelConfig.from_dict(result["config"]).num_hidden_layers
         values["host"], sources["host"] = (
             median(hosts) / layers,
@@ -103,7 +103,7 @@ def compare(result: dict[str, Any], path: str) -> list[Comparison]:
         step = predictor.decode(row["context"], link)
         found.append(Comparison(f"decode at {row['context']}", step.seconds, row["ours"]["seconds"]))
     for row in result["prefill"]:
-        step = predictor.prefill(row["prompt"], result["chunk"], link, row["depth"])
+        step = predictor.prefill(row["prompt"], result["prefill_chunk"], link, row["depth"])
         found.append(Comparison(f"prefill of {row['prompt']} at {row['depth']}", step.seconds, row["ours"]["seconds"]))
     return found
 

@@ -9,6 +9,8 @@ ATTENTION = ("heads", "replicated")
 MODES = ("affine", "mxfp4", "mxfp8", "nvfp4")
 RANDOM = ("4bit", "3bit", "5bit", "6bit", "8bit", "mxfp4", "mxfp8", "nvfp4", "bf16", "f32")
 MAX_RANKS = 16
+# Tokens of a prompt computed at a time where --prefill-chunk is left out. On a GPU as mlx-lm's generators do.
+GPU_PREFILL_CHUNK, CPU_PREFILL_CHUNK = 2048, 512
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class GenerateOptions:
     experts: str = "columns"  # one of EXPERTS: how the routed experts are cut
     attention: str = "heads"  # one of ATTENTION: how the attention is cut
     weights: tuple[float, ...] | None = None  # each rank's share of the work, > 0; None: equal
-    prefill_chunk: int = 512  # >= 1, tokens of the prompt computed at a time
+    prefill_chunk: int | None = None  # >= 1, tokens of the prompt computed at a time; None: by the device
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,8 @@ class BenchOptions:
     decode: tuple[int, ...] | None = None  # contexts, >= 1 each; None: the usual ones, as far as the model goes
     prefill: tuple[int, ...] | None = None  # tokens of a prompt, >= 1 each; None: as above
     chunk_at: tuple[int, ...] = ()  # depths at which `chunk` tokens are prefilled
-    chunk: int = 512  # >= 1, tokens of the prompt computed at a time
+    chunk: int = 512  # >= 1
+    prefill_chunk: int | None = None  # >= 1, tokens of our prefill computed at a time; None: by the device
     tokens: int = 64  # >= 1, of a decode run
     repeats: int = 5  # >= 1
     vs: str | None = None  # "mlx-lm", or nothing to compare with

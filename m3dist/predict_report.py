@@ -9,7 +9,7 @@ from typing import Any
 from m3dist.errors import PlanError
 from m3dist.machines import LAUNCH, LINKS, MACS, PUBLISHED_SPEEDS, USABLE_BANDWIDTH, USABLE_FLOPS, Link, Machine
 from m3dist.measured import Comparison, compare, link_of, machine_of, read_bench
-from m3dist.options import MAX_RANKS, GenerateOptions
+from m3dist.options import GPU_PREFILL_CHUNK, MAX_RANKS
 from m3dist.plan_report import GIB, RESERVE_GIB, inventory_of, table
 from m3dist.predict import (
     KERNELS_DENSE_LAYER,
@@ -26,7 +26,7 @@ from m3dist.predict import (
 WORLDS = (1, 2, 4, 8)
 MAC = "m3-ultra"
 CONTEXTS = (512, 16384, 131072)
-PROMPT, CHUNK = 8192, GenerateOptions.prefill_chunk
+PROMPT = 8192
 
 
 def main(args: argparse.Namespace) -> int:
@@ -34,11 +34,12 @@ def main(args: argparse.Namespace) -> int:
     inventory, source = inventory_of(args.model, args.mode, args.bits, args.group_size)
     most = inventory.config.max_position_embeddings
     contexts = [args.context] if args.context else [n for n in CONTEXTS if n <= most] or [most]
-    prompt, chunk = args.prompt_tokens or min(PROMPT, most), args.prefill_chunk or CHUNK
+    prompt = args.prompt_tokens or min(PROMPT, most)
     for flag, tokens in (("--context", contexts[-1]), ("--prompt-tokens", prompt)):
         if tokens > most:
             raise PlanError(f"{flag}: the model takes at most {most} tokens (max_position_embeddings in its config)")
     bench = read_bench(args.from_bench) if args.from_bench else None
+    chunk = args.prefill_chunk or (bench["prefill_chunk"] if bench else GPU_PREFILL_CHUNK)
     machine, links = machine_and_links(args, bench)
     rows: list[list[Prediction]] = []
     for world in [args.world] if args.world else WORLDS:

@@ -20,6 +20,7 @@ from m3dist.comm import Comm, all_ranks, check_same, connect, versions
 from m3dist.errors import CommunicationError, M3Error
 from m3dist.loader import load
 from m3dist.model import Model
+from m3dist.options import CPU_PREFILL_CHUNK, GPU_PREFILL_CHUNK
 from m3dist.plan import Plan
 from m3dist.progress import LoadingBar, Progress
 from m3dist.watchdog import EXIT_PEER_LOST, Watchdog, end_process, seconds
@@ -34,6 +35,11 @@ WAIT_LIMIT = 1800.0  # for ranks that load from a slower disk
 def dtype_of_device() -> str:
     """bfloat16 on a GPU. On the CPU MLX multiplies experts in float32 only, and quantised bfloat16 ten times slower."""
     return "float32" if mx.default_device().type == mx.DeviceType.cpu else "bfloat16"
+
+
+def prefill_chunk_of_device() -> int:
+    """Tokens of a prompt to compute at a time."""
+    return CPU_PREFILL_CHUNK if mx.default_device().type == mx.DeviceType.cpu else GPU_PREFILL_CHUNK
 
 
 def run_rank(program: Callable[[Watchdog], int], launch: Launch, dtype: str | None) -> int:

@@ -5,6 +5,7 @@ import random
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
@@ -16,6 +17,7 @@ import mlx.core as mx
 
 import m3dist
 from m3dist.bench import report
+from m3dist.bench.cutoff import shown_if_cut_off
 from m3dist.bench.machine import measure_machine, sum_latency
 from m3dist.bench.runners import Ours, count_operations, decode, difference, muted, prefill, random_cache, timed_steps
 from m3dist.bench.statistics import ratio
@@ -30,7 +32,16 @@ from m3dist.model import Model
 from m3dist.model.text import DTYPES
 from m3dist.options import BenchOptions
 from m3dist.plan import Plan, plan_world
-from m3dist.rank import STEP_LIMIT, dtype_of_device, find, join, keep_resident, load_model, run_rank
+from m3dist.rank import (
+    STEP_LIMIT,
+    dtype_of_device,
+    find,
+    join,
+    keep_resident,
+    load_model,
+    prefill_chunk_of_device,
+    run_rank,
+)
 from m3dist.watchdog import Watchdog
 
 COMPARED = 16  # tokens of the prompt on which ours and mlx-lm's must agree
@@ -56,7 +67,26 @@ def _run(options: BenchOptions, launch: Launch, watchdog: Watchdog) -> int:
     seconds = time.perf_counter() - began
     options = lengths(options, model.args)
     bench = Bench(options, comm, plan, model, progress)
-    result = {
+    result = facts(options, launch, comm, plan, model, source)
+    result |= {"complete": False, "machine": None, "agreement": None, "decode": [], "prefill": []}
+    result["build_seconds" if options.random else "load_seconds"] = seconds
+    result |= {
+        "prefill_chunk": bench.ours.prefill_chunk,
+        "weights_bytes": comm.gather_objects(bench.ours.weights_bytes),
+    }
+    with shown_if_cut_off(partial(show, options, result), watchdog) if comm.rank == 0 else nullcontext():
+        bench.measure(result)
+        progress("the end")
+        comm.barrier()
+    watchdog.stop()
+    if comm.rank == 0:
+        show(options, result | {"complete": True})
+    return 0
+
+
+def facts(options: BenchOptions, launch: Launch, comm: Comm, plan: Plan, model: Model, source: str) -> dict[str, Any]:
+    """What is known before anything is measured."""
+    return {
         "m3dist": m3dist.__version__,
         "mlx": mx.__version__,
         "mlx_lm": version("mlx-lm") if options.vs else None,
@@ -68,19 +98,11 @@ def _run(options: BenchOptions, launch: Launch, watchdog: Watchdog) -> int:
         "random": options.random,
         "cut": {"experts": plan.experts, "attention": options.attention, "weights": list(plan.weights)},
         "config": published(model.args),
-        "build_seconds" if options.random else "load_seconds": seconds,
         "tokens": options.tokens,
         "repeats": options.repeats,
         "chunk": options.chunk,
-        "caches": "filled with random keys and values, the same for both" if options.vs else
-        "filled with random keys and values",
-    } | bench.measure()  # fmt: skip
-    progress("the end")
-    result["weights_bytes"] = comm.gather_objects(bench.ours.weights_bytes)
-    watchdog.stop()
-    if comm.rank == 0:
-        show(options, result)
-    return 0
+        "caches": "filled with random keys and values" + (", the same for both" if options.vs else ""),
+    }
 
 
 def subject(
@@ -115,25 +137,27 @@ class Bench:
 
     def __init__(self, options: BenchOptions, comm: Comm, plan: Plan, model: Model, progress: Callable[[str], None]):
         self.options, self.comm, self.plan, self.model, self.progress = options, comm, plan, model, progress
-        self.runners: list[Any] = [Ours(model, plan, options.chunk, progress)]
+        self.runners: list[Any] = [Ours(model, plan, options.prefill_chunk or prefill_chunk_of_device(), progress)]
+        self.began = time.monotonic()
 
     @property
     def ours(self) -> Ours:
         return self.runners[0]
 
-    def measure(self) -> dict[str, Any]:
-        """Everything that was asked for, as it stands in the JSON."""
-        found: dict[str, Any] = {"machine": self.machine(), "agreement": None}
+    def measure(self, found: dict[str, Any]) -> None:
+        """Everything that was asked for goes into `found`, as it stands in the JSON: each figure once it is whole."""
+        found["machine"] = self.machine()
         if self.options.vs:
             from m3dist.bench.peer import build_peer
 
             with all_ranks(self.comm):
                 self.runners.append(build_peer(self.model, self.plan, self.comm, self.progress))
             found["agreement"] = self.agreement()
-        found["decode"] = [self.decode(n, found["machine"]) for n in self.options.decode]
+        for context in self.options.decode:
+            found["decode"].append(self.decode(context, found["machine"]))
         prompts = [(n, 0) for n in self.options.prefill] + [(self.options.chunk, n) for n in self.options.chunk_at]
-        found["prefill"] = [self.prefill(prompt, depth) for prompt, depth in prompts]
-        return found
+        for prompt, depth in prompts:
+            found["prefill"].append(self.prefill(prompt, depth))
 
     def machine(self) -> dict[str, Any]:
         """The slowest rank's figures."""
@@ -153,15 +177,21 @@ class Bench:
         return {"tokens": COMPARED, "relative_error": error, "dtype": self.plan.inventory.dtype}
 
     def decode(self, context: int, machine: dict[str, Any]) -> dict[str, Any]:
-        """Seconds a token at a context; where ours go, and the floor. First, whether mlx-lm computes the same there."""
+        """Seconds a token at a context, and the floor. At the first context and at the longest also where ours go; at
+        the longest, first of all, whether mlx-lm computes the same there."""
         caches = [self.filled(runner, context) for runner in self.runners]
-        apart = {"relative_error": difference(self.runners, caches, [1])} if len(self.runners) == 2 else {}
+        found: dict[str, Any] = {"context": context}
+        longest = context == max(self.options.decode)
+        if longest and len(self.runners) == 2:
+            found["relative_error"] = difference(self.runners, caches, [1])
         runs = self.alternate(f"decode at {context}", lambda r, cache: decode(r, cache, self.options.tokens), caches)
-        found = {"context": context} | self.compared(runs, 1) | apart
-        found["split"] = self.split(caches[0])
+        found |= self.compared(runs, 1)
+        if longest or context == self.options.decode[0]:
+            found["split"] = self.split(caches[0])
+            self.collectives = found["split"]["collectives"]  # the same at every context
         rank_bytes = [self.plan.bytes_read(r) + cache_read_bytes(self.plan, r, context) for r in range(self.comm.world)]
         reading = max(rank_bytes) / machine["memory_bandwidth"]
-        summing = found["split"]["collectives"] * (machine["sum_latency"] or 0.0)
+        summing = self.collectives * (machine["sum_latency"] or 0.0)
         found["floor"] = {"bytes_read": max(rank_bytes), "read_seconds": reading, "seconds": reading + summing}
         self.say(report.decode_line(found))
         return found
@@ -254,7 +284,7 @@ class Bench:
 
     def say(self, line: str) -> None:
         if self.comm.rank == 0:
-            print(line, file=sys.stderr, flush=True)
+            print(f"{time.monotonic() - self.began:.1f} s: {line}", file=sys.stderr, flush=True)
 
 
 def device_name() -> str:
@@ -263,9 +293,9 @@ def device_name() -> str:
 
 
 def show(options: BenchOptions, result: dict[str, Any]) -> None:
-    """Rank 0's output: the tables, the plot, and for programs one JSON line, the last."""
+    """Rank 0's output: the tables, the plot of a whole bench, and for programs one JSON line, the last."""
     print(report.as_text(result), flush=True)
-    if options.plot:
+    if options.plot and result["complete"]:
         from m3dist.bench.plot import plot
 
         plot(result, Path(options.plot))

@@ -21,17 +21,23 @@ def as_text(result: Figures) -> str:
     head = [
         f"{result['model']}: {ranks(result)} on {result['device']}, {result['dtype']}, {built} in {seconds:.1f} s",
         *[f"rank {rank}: weights {mib(count)}" for rank, count in enumerate(result["weights_bytes"])],
-        machine_line(result["machine"]),
     ]
+    if not result["complete"]:
+        head.insert(0, "Cut off: what had been measured until then.")
+    if result["machine"]:
+        head.append(machine_line(result["machine"]))
     if agreement := result["agreement"]:
         head.append(
             f"logits of {agreement['tokens']} tokens differ from mlx-lm {result['mlx_lm']}'s by"
             f" {agreement['relative_error']:.1e} of the largest"
         )
-    head.append(f"caches {result['caches']}; medians of {result['repeats']} runs, {result['tokens']} tokens each")
+    head += [
+        f"caches {result['caches']}; medians of {result['repeats']} runs, {result['tokens']} tokens each;"
+        f" prompts {result['prefill_chunk']} tokens at a time"
+    ]
     parts = [head]
     if result["decode"]:
-        parts += [decode_table(result["decode"]), split_table(result["decode"])]
+        parts += [decode_table(result["decode"]), split_table([row for row in result["decode"] if "split" in row])]
     if result["prefill"]:
         parts.append(prefill_table(result["prefill"]))
     return "\n\n".join("\n".join(part) for part in parts)

@@ -40,8 +40,8 @@ class Ours:
 
     name = "m3dist"
 
-    def __init__(self, model: Model, plan: Plan, chunk: int, progress: Progress):
-        self.model, self.chunk, self.progress = model, chunk, progress
+    def __init__(self, model: Model, plan: Plan, prefill_chunk: int, progress: Progress):
+        self.model, self.prefill_chunk, self.progress = model, prefill_chunk, progress
         self.kv_heads = layout.kv_heads(plan.shares[model.comm.rank], plan.inventory.config)
 
     @property
@@ -66,7 +66,7 @@ class Ours:
 
     def tokens(self, prompt: list[int], count: int, cache: list[LayerCache]) -> Iterator[int]:
         """`count` greedy tokens after the cache and the prompt."""
-        request = Request(prompt, count, 0, self.chunk, [], Sampling(temperature=0))
+        request = Request(prompt, count, 0, self.prefill_chunk, [], Sampling(temperature=0))
         return generate_tokens(self.model, request, progress=self.progress, cache=cache)
 
     def logits(self, tokens: mx.array, cache: list[LayerCache]) -> mx.array:

@@ -197,7 +197,8 @@ def result(vs: bool) -> dict:
         prefill |= theirs | {"mlx_lm": run_of(1.25, 2048, peak_above_bytes=2**29, peak_bytes=2**31)}
     return {
         "model": "M", "world": 2, "backend": "ring", "device": "D", "dtype": "F32", "random": "4bit",
-        "build_seconds": 1.5, "mlx_lm": "0.32.2" if vs else None, "tokens": 64, "repeats": 5,
+        "complete": True, "build_seconds": 1.5, "mlx_lm": "0.32.2" if vs else None, "tokens": 64, "repeats": 5,
+        "prefill_chunk": 512,
         "caches": "filled with random keys and values", "weights_bytes": [2**30, 2**30],
         "machine": {"memory_bandwidth": 2e12, "sum_latency": 4e-5, "sum_bandwidth": 1e10, "launch_seconds": 2e-6,
                     "matmul_flops": 5e14, "matvec_bandwidth": 1.5e12, "attention_flops": 2e14},
@@ -224,7 +225,10 @@ def test_tables():
     assert prefill == ["2048", "0", "500.000 ms", "4096.0", "1250.000 ms", "1638.4", "2.50x (2.25 to 2.75)",
                        "256.0 MiB", "512.0 MiB", "1,024.0 MiB", "2,048.0 MiB"]  # fmt: skip
     assert "M: 2 ranks over ring on D, F32, built in 1.5 s" in text
-    assert "caches filled with random keys and values; medians of 5 runs, 64 tokens each" in text
+    assert (
+        "caches filled with random keys and values; medians of 5 runs, 64 tokens each; prompts 512 tokens at a time"
+        in text
+    )
     assert "memory 2000.0 GB/s, a sum 40.0 us, sums of 8 MiB 10.00 GB/s, a launch 2.0 us, products 500.000" in text
     assert "TFLOP/s, of one token 1500.0 GB/s, attention 200.000 TFLOP/s" in text
     assert "logits of 16 tokens differ from mlx-lm 0.32.2's by 3.0e-07 of the largest" in text
@@ -243,6 +247,24 @@ def test_tables_of_one_rank():
     text = report.as_text(one)
     assert "M: 1 rank on D" in text
     assert "a sum" not in text
+
+
+def test_tables_of_a_bench_that_was_cut_off():
+    """First before anything was measured; then after one context."""
+    early = result(vs=True) | {"complete": False, "machine": None, "agreement": None, "decode": [], "prefill": []}
+    assert report.as_text(early).startswith("Cut off: what had been measured until then.\nM: 2 ranks over ring on D")
+    later = result(vs=True) | {"complete": False, "prefill": []}
+    assert rows(report.as_text(later), "decode at    m3dist")
+
+
+def test_tables_of_a_context_without_a_split():
+    """The first context and the longest have one; the others are in the first table alone."""
+    found = result(vs=True)
+    whole = found["decode"][0]
+    found["decode"].append({name: whole[name] for name in whole if name not in ("split", "relative_error")})
+    text = report.as_text(found)
+    assert [row[-1].strip() for row in rows(text, "decode at    m3dist")] == ["1.0e-06", "-"]
+    assert len(rows(text, "decode at      step")) == 1
 
 
 @pytest.mark.parametrize("suffix, magic", [("png", b"\x89PNG"), ("svg", b"<?xml")])

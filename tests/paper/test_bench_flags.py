@@ -46,14 +46,14 @@ def test_every_flag_arrives(called, tmp_path):
     flags = (
         "--model MiniMaxAI/MiniMax-M3 --random mxfp4 --layers 4 --set hidden_size=1024,moe_layer_freq=0111 "
         "--decode 512,1024 --prefill none --chunk-at 2048 --chunk 256 --tokens 8 --repeats 2 --json "
-        f"--plot {plot} --experts whole --attention replicated --weights 1 --dtype float32"
+        f"--plot {plot} --experts whole --attention replicated --weights 1 --dtype float32 --prefill-chunk 128"
     )
     assert run(*flags.split()) == 0
     assert called[0][0] == BenchOptions(
         model="MiniMaxAI/MiniMax-M3", random="mxfp4", layers=4,
         set=(("hidden_size", "1024"), ("moe_layer_freq", "0111")), decode=(512, 1024), prefill=(), chunk_at=(2048,),
         chunk=256, tokens=8, repeats=2, json=True, plot=plot, experts="whole", attention="replicated", weights=(1.0,),
-        dtype="float32",
+        dtype="float32", prefill_chunk=128,
     )  # fmt: skip
 
 

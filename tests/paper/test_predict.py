@@ -360,7 +360,7 @@ def bench(m3):
         "random": "4bit",
         "cut": {"experts": "columns", "attention": "heads", "weights": [1.0] * 4},
         "config": config,
-        "chunk": 512,
+        "prefill_chunk": 512,
         "machine": machine,
         "decode": [{"context": 512, "ours": {"seconds": 1.0}, "split": {"host_seconds": 60e-6}}],
         "prefill": [{"prompt": 512, "depth": 4096, "ours": {"seconds": 1.0}}],

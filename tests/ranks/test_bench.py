@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,9 @@ from pathlib import Path
 import pytest
 from world import MPIRUN
 
-FLAGS = "--decode 64,300 --prefill 48 --chunk-at 256 --chunk 32 --tokens 4 --repeats 2 --json".split()
+from m3dist.options import CPU_PREFILL_CHUNK
+
+FLAGS = "--decode 64,128,300 --prefill 48 --chunk-at 256 --chunk 32 --tokens 4 --repeats 2 --json".split()
 TINY = ["--model", "tiny", *FLAGS]
 RANDOM = ["--random", "4bit", "--layers", "2", "--set",
           "hidden_size=256,num_attention_heads=8,head_dim=64,rotary_dim=32,sparse_index_dim=64,intermediate_size=256,"
@@ -38,32 +41,39 @@ def check_figures(result: dict, world: int, vs: bool) -> None:
     for name in ("sum_latency", "sum_bandwidth"):
         assert machine[name] > 0 if world > 1 else machine[name] is None
     assert len(result["weights_bytes"]) == world and min(result["weights_bytes"]) > 0
-    assert [row["context"] for row in result["decode"]] == [64, 300]
+    assert [row["context"] for row in result["decode"]] == [64, 128, 300]
     assert [(row["prompt"], row["depth"]) for row in result["prefill"]] == [(48, 0), (32, 256)]
     for row in result["decode"] + result["prefill"]:
         for runner in ("ours", "mlx_lm") if vs else ("ours",):
             assert len(row[runner]["runs"]) == 2 and min(row[runner]["runs"]) > 0
         assert ("mlx_lm" in row) == ("ratio" in row) == vs
     for row in result["decode"]:
-        split = row["split"]
+        assert row["floor"]["seconds"] >= row["floor"]["read_seconds"] > 0
+    assert ["split" in row for row in result["decode"]] == [True, False, True]
+    for split in splits(result):
         parts = split["compute_seconds"] + split["communication_seconds"] + split["host_seconds"]
         assert parts == pytest.approx(split["step_seconds"])
         assert split["host_seconds"] > 0
         assert split["collectives"] == split["sums"] + split["gathers"]
         assert (split["collectives"] > 0) == (world > 1)
         assert split["operations"] > 100
-        assert row["floor"]["seconds"] >= row["floor"]["read_seconds"] > 0
     for row in result["prefill"]:
         for runner in ("ours", "mlx_lm") if vs else ("ours",):
             assert row[runner]["peak_bytes"] > row[runner]["peak_above_bytes"] > 0
-    near, far = (row["floor"]["bytes_read"] for row in result["decode"])
-    assert near < far
+    near, further, far = (row["floor"]["bytes_read"] for row in result["decode"])
+    assert near < further < far
+    assert result["complete"] and result["prefill_chunk"] == CPU_PREFILL_CHUNK
+
+
+def splits(result: dict) -> list[dict]:
+    """Of the first context and the longest."""
+    return [row["split"] for row in result["decode"] if "split" in row]
 
 
 def check_agreement(result: dict) -> None:
     """mlx-lm's logits, on a prompt and behind filled caches, beyond the block budget too."""
     assert result["agreement"]["relative_error"] < 1e-4
-    assert all(row["relative_error"] < 1e-4 for row in result["decode"])
+    assert result["decode"][-1]["relative_error"] < 1e-4
 
 
 @pytest.mark.mlx_lm
@@ -72,8 +82,7 @@ def test_tiny_against_mlx_lm():
     check_figures(result, world=2, vs=True)
     assert result["load_seconds"] > 0
     check_agreement(result)
-    sums = {row["split"]["sums"] for row in result["decode"]}
-    assert sums == {7}  # two for each of 3 layers, and the embedding's
+    assert {split["sums"] for split in splits(result)} == {7}  # two for each of 3 layers, and the embedding's
 
 
 @pytest.mark.mlx_lm
@@ -83,7 +92,7 @@ def test_replicated_attention():
     check_figures(result, world=2, vs=True)
     check_agreement(result)
     assert result["build_seconds"] > 0
-    assert {row["split"]["sums"] for row in result["decode"]} == {3}
+    assert {split["sums"] for split in splits(result)} == {3}
 
 
 @pytest.mark.mpi
@@ -93,6 +102,27 @@ def test_mpi():
     check_figures(result, world=2, vs=True)
     check_agreement(result)
     assert result["backend"] == "mpi"
+
+
+LONG = ["--model", "tiny", "--decode", "64,128", "--prefill", "none", "--repeats", "100000", "--json"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_cut_off(ranks, number):
+    """What was measured until then is still said, the JSON line last; here that is the machine alone."""
+    command = [sys.executable, "-m", "m3dist", "bench", *LONG, "-n", str(ranks)]
+    root = Path(__file__).parents[2]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=root) as process:
+        while "measured: memory" not in (line := process.stderr.readline()):
+            assert line, "the bench ended by itself"
+        process.send_signal(number)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, err
+    tables, line = out.split("\n{")
+    assert tables.startswith("Cut off: ")
+    result = json.loads("{" + line)
+    assert not result["complete"] and result["machine"]["memory_bandwidth"] > 0 and result["decode"] == []
 
 
 def test_one_rank():
