@@ -73,9 +73,11 @@ def generate_tokens(
         return Step(token, candidates.note, candidates.agree)
 
     *prompt, last = request.prompt
-    for first in range(0, len(prompt), request.prefill_chunk):
+    size = request.prefill_chunk * model.chunks_at_once
+    for first in range(0, len(prompt), size):
         progress(f"prefill of {len(request.prompt)} tokens, at {first}")
-        model.prefill(mx.array([prompt[first : first + request.prefill_chunk]], dtype=mx.uint32), cache)
+        tokens = mx.array([prompt[first : first + size]], dtype=mx.uint32)
+        model.prefill(tokens, cache, request.prefill_chunk)
     progress(f"prefill of {len(request.prompt)} tokens, the last")
     current = step(mx.array([last], dtype=mx.uint32))
     for number in range(request.max_tokens):

@@ -156,7 +156,7 @@ class SparseMoeBlock(nn.Module):
             routed = self.switch_mlp.held(flat, experts, self.first_expert)
         run = kernels.combine if kernels.trusted(self._combining(x.dtype)) else combine
         y = run(routed, scores, self.shared_experts(flat), self.scale)
-        return self.comm.all_sum(y).reshape(x.shape)
+        return self.comm.all_sum(y.reshape(x.shape))
 
     def route(self, x: mx.array) -> tuple[mx.array, mx.array]:
         """x [tokens, hidden] -> chosen experts uint32 [tokens, k], their scores float32 [tokens, k].

@@ -4,7 +4,7 @@ The module tree spells the published tensor names. The forward never asks for th
 arrays it holds and shows its sums: two a layer, one where attention is replicated, and one for the embedding.
 """
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -23,7 +23,9 @@ from m3dist.model.fusion import Compiled
 from m3dist.model.layers import DenseMLP, GemmaRMSNorm, prepare_swiglu
 from m3dist.model.moe import SparseMoeBlock
 from m3dist.model.positions import Positions
+from m3dist.model.prefill import run_in_turns, sums_travel_apart
 from m3dist.model.products import multiply
+from m3dist.model.tuning import backend
 from m3dist.plan import Plan, plan_world
 from m3dist.sample import Candidates, Sampling, gather_candidates
 from m3dist.tensors import LEAVES, Inventory, Quantization, infer_quantization, modules
@@ -67,6 +69,7 @@ class TextModel(nn.Module):
         self.norm = GemmaRMSNorm(c.hidden_size, c.rms_norm_eps)
         self.vocab_size, self.first_row = c.vocab_size, 0
         self.comm = Comm()
+        self.apart = False  # whether a prefill's sums travel apart from its compute
         self.compiled = Compiled()
 
     def __call__(self, tokens: mx.array, cache: Sequence[LayerCache]) -> mx.array:
@@ -83,24 +86,41 @@ class TextModel(nn.Module):
             found = self._run(number, partial(self._between, number), h, attended, positions)
         return found["h"]
 
-    def prefill(self, tokens: mx.array, cache: Sequence[LayerCache]) -> None:
-        """Take tokens [rows, n] into the cache; nothing else of them is wanted.
+    def prefill(self, tokens: mx.array, cache: Sequence[LayerCache], chunk: int) -> None:
+        """Take tokens [rows, n] into the cache, `chunk` at a time; nothing else of them is wanted.
 
-        Layer by layer, the next being submitted while one computes: so memory holds the intermediate results of two
-        layers, and no submission grows with the model.
+        Chunks given together are computed side by side, which pays where sums travel apart. Memory holds the
+        intermediate results of two layers, or of one layer a chunk; no submission grows with the model.
         """
-        positions = Positions(tuple(cache[0].starts(tokens.shape[0])), tokens.shape[1])
-        found, before = self._start(tokens, positions.offset), None
-        for number, (layer, layer_cache) in enumerate(zip(self.layers, cache)):
-            h = found.pop("h")
-            attended = layer.self_attn.attend(found, positions, layer_cache)
-            if number + 1 < len(self.layers):
-                found = self._between(number, h, attended, positions.offset)
-                mx.async_eval(found, layer_cache.state)
-                if before is not None:
-                    mx.eval(before)
-                before = found["h"]
-        mx.eval([layer_cache.state for layer_cache in cache])
+        starts, parts = cache[0].starts(tokens.shape[0]), []
+        for first in range(0, tokens.shape[1], chunk):
+            part = tokens[:, first : first + chunk]
+            positions = Positions(tuple(start + first for start in starts), part.shape[1])
+            parts.append(self._stages(part, positions, cache))
+        run_in_turns(parts, ahead=len(parts) if self.apart else 2)
+
+    def _stages(
+        self, tokens: mx.array, positions: Positions, cache: Sequence[LayerCache]
+    ) -> Iterator[mx.array | list[mx.array]]:
+        """Take tokens into the cache, layer by layer. Yields the end of each stage, to be submitted by itself: every
+        sum where sums travel apart, else every layer's; and the last layer's cache, beyond which nothing is wanted."""
+        h = self.embed(tokens)
+        if self.apart:
+            yield h
+        x = self.layers[0].input_layernorm(h)
+        for number, (layer, layer_cache) in enumerate(zip(self.layers, cache), start=1):
+            attention = layer.self_attn
+            attended = attention.attend(attention.heads(x, positions.offset), positions, layer_cache)
+            if number == len(self.layers):
+                yield layer_cache.state
+                return
+            more = attention.merge(attended)
+            if self.apart and attention.comm.world > 1:  # replicated attention has no sum
+                yield more
+            h, x = layer.post_attention_layernorm.add(h, more)
+            more = layer.feed_forward(x)
+            yield more
+            h, x = self.layers[number].input_layernorm.add(h, more)
 
     def _run(self, name: Hashable, function: Callable[..., Any], *arguments: Any) -> dict[str, mx.array]:
         *arrays, positions = arguments
@@ -183,9 +203,15 @@ class Model(nn.Module):
             layer_cache.finalize()
         return hidden
 
-    def prefill(self, tokens: mx.array, cache: Sequence[LayerCache]) -> None:
-        """Take tokens [rows, n] into the cache, evaluated when this returns."""
-        self.language_model.model.prefill(tokens, cache)
+    def prefill(self, tokens: mx.array, cache: Sequence[LayerCache], chunk: int | None = None) -> None:
+        """Take tokens [rows, n] into the cache, evaluated when this returns. They are computed `chunk` at a time (None:
+        all at once); best `chunks_at_once` of them in a call."""
+        self.language_model.model.prefill(tokens, cache, chunk or tokens.shape[1])
+
+    @property
+    def chunks_at_once(self) -> int:
+        """Chunks of a prompt that `prefill` computes side by side to advantage."""
+        return 2 if self.language_model.model.apart else 1
 
     def local_logits(self, hidden: mx.array) -> mx.array:
         """[..., hidden_size] -> logits of the vocabulary rows this rank holds."""
@@ -354,6 +380,7 @@ class Model(nn.Module):
             layer.self_attn.comm = Comm() if plan.attention == "replicated" else comm  # all heads: nothing to sum
             layer.feed_forward.comm = comm
         self.comm = text.comm = comm
+        text.apart = sums_travel_apart(comm.world, backend())
         self._prepare()
 
 

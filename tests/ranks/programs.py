@@ -1,9 +1,13 @@
 """What rank processes do in tests: each function runs on every rank and returns something to pickle."""
 
+import io
 import json
 import os
 import pickle
+import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +71,49 @@ def sums_of_a_step(comm: Comm, directory: str, options: dict) -> list[int]:
     comm.all_sum = lambda x: made.append(x) or all_sum(x)
     mx.eval(model.hidden(mx.array([[3]])))
     return [len(model.layers), len(made)]
+
+
+def prefills(comm: Comm, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For each case (directory, tokens, chunk, options) the engine's prefill with sums that travel apart, and one in
+    chunks without: logits and hidden state of the last token and the caches after each, and the submissions of each, as
+    (sums, sums with work behind them)."""
+    found = []
+    for case in cases:
+        model = load(Path(case["directory"]), comm, dtype="float32", **case.get("options", {}))
+        (*prompt, last), result = case["tokens"], {}
+        for apart in (True, False):
+            model.language_model.model.apart, cache = apart, model.make_cache()
+            with submissions() as submitted:
+                size = case["chunk"] * model.chunks_at_once
+                for first in range(0, len(prompt), size):
+                    model.prefill(mx.array([prompt[first : first + size]]), cache, case["chunk"])
+            caches = [np.array(x[:, :, : len(prompt)]) for layer in cache for x in layer.state]
+            hidden = model.hidden(mx.array([[last]]), cache)
+            logits = model.whole_vocabulary(model.local_logits(hidden))
+            arrays = {"logits": np.array(logits), "hidden": np.array(hidden), "caches": caches}
+            result[apart] = arrays | {"submitted": submitted}
+        found.append(result)
+    return found
+
+
+@contextmanager
+def submissions() -> Iterator[list[tuple[int, int]]]:
+    """Of each graph given to async_eval: its sums over the ranks, and those of them that others in it wait for."""
+    submit, found = mx.async_eval, []
+
+    def noting(*arrays: Any) -> None:
+        graph = io.StringIO()
+        mx.export_to_dot(graph, *arrays)
+        sums = re.findall(r'{ (\d+) \[label ="Sum AllReduce"', graph.getvalue())
+        results = [re.search(rf'\n{number} -> ("\w+")', graph.getvalue())[1] for number in sums]
+        found.append((len(sums), sum(f"{{ rank=sink; {name}; }}" not in graph.getvalue() for name in results)))
+        submit(*arrays)
+
+    mx.async_eval = noting
+    try:
+        yield found
+    finally:
+        mx.async_eval = submit
 
 
 def tokens(comm: Comm, directory: str, prompt: list[int], max_tokens: int, sampling: dict, options: dict) -> list[int]:
