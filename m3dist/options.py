@@ -10,6 +10,7 @@ MODES = ("affine", "mxfp4", "mxfp8", "nvfp4")
 RANDOM = ("4bit", "3bit", "5bit", "6bit", "8bit", "mxfp4", "mxfp8", "nvfp4", "bf16", "f32")
 MAX_RANKS = 16
 # Tokens of a prompt computed at a time where --prefill-chunk is left out. On a GPU as mlx-lm's generators do.
+# On the CPU 2,048 tokens of a small 4-bit model took 10 s at 512 a time as at 2048, above the weights 48 and 140 MiB.
 GPU_PREFILL_CHUNK, CPU_PREFILL_CHUNK = 2048, 512
 
 

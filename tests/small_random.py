@@ -14,10 +14,10 @@ SMALL = dict(
 )  # fmt: skip
 
 
-def plan_of(random: str = "4bit", world: int = 1, **changes) -> Plan:
-    """The plan of SMALL with `changes`, in float32."""
+def plan_of(random: str = "4bit", world: int = 1, layers: int = 4, **changes) -> Plan:
+    """The plan of the first layers of SMALL with `changes`, in float32."""
     settings = tuple((name, str(value)) for name, value in (SMALL | changes).items())
-    inventory, _ = random_inventory(BenchOptions(random=random, layers=4, set=settings), "float32")
+    inventory, _ = random_inventory(BenchOptions(random=random, layers=layers, set=settings), "float32")
     return make_plan(inventory, world)
 
 
