@@ -14,7 +14,13 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-TYPES = {mx.float32: "float", mx.uint32: "unsigned int", mx.int32: "int", mx.bfloat16: "bf16"}
+TYPES = {
+    mx.float32: "float",
+    mx.uint32: "unsigned int",
+    mx.int32: "int",
+    mx.uint16: "unsigned short",
+    mx.bfloat16: "bf16",
+}
 
 COMMON = r"""
 #include <algorithm>
@@ -22,6 +28,7 @@ COMMON = r"""
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <functional>
 #include <memory>
 #include <thread>
 #include <vector>
@@ -65,6 +72,7 @@ inline float rsqrt(float x) { return 1 / std::sqrt(x); }
 inline float cos(float x) { return std::cos(x); }
 inline float sin(float x) { return std::sin(x); }
 inline float __int_as_float(unsigned int b) { return __uint_as_float(b); }
+inline unsigned int __float_as_uint(float f) { unsigned int b; std::memcpy(&b, &f, 4); return b; }
 """
 METAL = r"""
 #define threadgroup static
@@ -72,9 +80,11 @@ METAL = r"""
 struct Index { unsigned int x; };
 #define thread_position_in_threadgroup Index{the_thread}
 #define threadgroup_position_in_grid Index{the_group}
+template <class Y, class X> Y as_type(X x) { Y y; std::memcpy(&y, &x, 4); return y; }
 namespace metal {
 enum class mem_flags { mem_threadgroup };
 inline float simd_sum(float x) { return fold(x, [](float a, float b) { return a + b; }); }
+inline unsigned int simd_sum(unsigned int x) { return fold(x, std::plus<unsigned int>{}); }
 inline float simd_max(float x) { return fold(x, [](float a, float b) { return std::max(a, b); }); }
 inline unsigned int simd_min(unsigned int x) {
   return fold(x, [](unsigned int a, unsigned int b) { return std::min(a, b); });

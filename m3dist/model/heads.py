@@ -9,6 +9,7 @@ import mlx.nn as nn
 from m3dist.config import ModelConfig
 from m3dist.model import kernels, matvec
 from m3dist.model.fusion import fused
+from m3dist.model.gpu import LANES, check, trusted
 from m3dist.model.products import multiply_vector
 from m3dist.tensors import LEAVES
 
@@ -53,18 +54,18 @@ class HeadProjections:
 
         `offset` int32: the position of the first token, of all rows or of each."""
         heads = self._product(x).reshape(*x.shape[:2], -1, self.dim)
-        run = kernels.turn_heads if kernels.trusted(self._kernel(x.dtype)) else _turn_heads
+        run = kernels.turn_heads if trusted(self._kernel(x.dtype)) else _turn_heads
         return dict(zip(self.names, run(heads, self._gains(), offset, *self._shape())))
 
     def prepare(self, dtype: mx.Dtype) -> None:
         """Compute what depends on the norms' weights alone, and see whether our kernel can be trusted with `dtype`."""
         gain, shape = self._gains(), self._shape()
         mx.eval(gain)
-        if self.dim % kernels.LANES or self.config.rotary_dim // 2 % kernels.LANES:
+        if self.dim % LANES or self.config.rotary_dim // 2 % LANES:
             return
         heads = mx.random.normal((2, 3, sum(self._counts()), self.dim), key=mx.random.key(1)).astype(dtype)
         arguments = heads, gain, mx.array([5, 70000], dtype=mx.int32), *shape
-        kernels.check(self._kernel(dtype), lambda: kernels.turn_heads(*arguments), lambda: _turn_heads(*arguments))
+        check(self._kernel(dtype), lambda: kernels.turn_heads(*arguments), lambda: _turn_heads(*arguments))
 
     def _shape(self) -> tuple[tuple[kernels.Part, ...], int, float, float]:
         """The parts in their order, rotated dimensions, RoPE's base and the norms' epsilon."""

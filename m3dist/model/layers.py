@@ -8,6 +8,7 @@ import mlx.nn as nn
 from m3dist.comm import Comm
 from m3dist.model import kernels
 from m3dist.model.fusion import fused
+from m3dist.model.gpu import check, trusted
 from m3dist.model.products import multiply
 
 FEW_ROWS = 64  # of a decode step; a kernel is compiled for each number of them
@@ -27,7 +28,7 @@ class GemmaRMSNorm(nn.Module):
 
     def add(self, x: mx.array, more: mx.array) -> tuple[mx.array, mx.array]:
         """The sum x + more, and its norm."""
-        run = kernels.add_and_norm if kernels.trusted(self._kernel(x.dtype)) else _add_and_norm
+        run = kernels.add_and_norm if trusted(self._kernel(x.dtype)) else _add_and_norm
         return run(x, more, self.float32_gain(), self.eps)
 
     def prepare(self, dtype: mx.Dtype) -> None:
@@ -35,7 +36,7 @@ class GemmaRMSNorm(nn.Module):
         mx.eval(self.float32_gain())
         x, more, (gain, *_) = mx.random.normal((3, 3, self.weight.size), key=mx.random.key(1))
         arguments = x.astype(dtype), more.astype(dtype), gain, self.eps
-        kernels.check(self._kernel(dtype), lambda: kernels.add_and_norm(*arguments), lambda: _add_and_norm(*arguments))
+        check(self._kernel(dtype), lambda: kernels.add_and_norm(*arguments), lambda: _add_and_norm(*arguments))
 
     def _kernel(self, dtype: mx.Dtype) -> tuple[object, ...]:
         return ("add_and_norm", self.weight.size, self.eps, dtype)
@@ -64,7 +65,7 @@ def swiglu_oai(gate_up: mx.array, alpha: float, limit: float) -> mx.array:
     The gate has an upper clamp only. Source: transformers, MiniMaxM3VLDenseMLP.
     """
     few = math.prod(gate_up.shape[:-1]) <= FEW_ROWS
-    run = kernels.swiglu_oai if few and kernels.trusted(_swiglu_kernel(alpha, limit, gate_up.dtype)) else _swiglu_oai
+    run = kernels.swiglu_oai if few and trusted(_swiglu_kernel(alpha, limit, gate_up.dtype)) else _swiglu_oai
     return run(gate_up, alpha, limit)
 
 
@@ -79,7 +80,7 @@ def _swiglu_oai(gate_up: mx.array, alpha: float, limit: float) -> mx.array:
 def prepare_swiglu(alpha: float, limit: float, dtype: mx.Dtype) -> None:
     """See whether our kernel can be trusted with `dtype`."""
     arguments = (4 * mx.random.normal((3, 192), key=mx.random.key(1))).astype(dtype), alpha, limit
-    kernels.check(
+    check(
         _swiglu_kernel(alpha, limit, dtype),
         lambda: [kernels.swiglu_oai(*arguments)],
         lambda: [_swiglu_oai(arguments[0].astype(mx.float32), alpha, limit)],

@@ -10,8 +10,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from m3dist.model import kernels
-from m3dist.model.kernels import LANES, make_kernel
+from m3dist.model.gpu import LANES, check, make_kernel, trusted
 
 THREADS = 256
 ROWS = 2  # of the matrix that a group of lanes takes together, so that they unpack the vector once
@@ -116,7 +115,7 @@ def matvec(
 
 def usable(module: nn.Module, x: mx.array, vectors: int) -> bool:
     """Whether `matvec` computes this module's product with so many vectors, and can be trusted."""
-    return vectors <= MOST_VECTORS and x.dtype == mx.bfloat16 and kernels.trusted(_key(module))
+    return vectors <= MOST_VECTORS and x.dtype == mx.bfloat16 and trusted(_key(module))
 
 
 def prepare(module: nn.Module, dtype: mx.Dtype) -> None:
@@ -135,7 +134,7 @@ def prepare(module: nn.Module, dtype: mx.Dtype) -> None:
         pairs = [matrices[expert] @ vectors[i // 2] for i, expert in enumerate(experts.tolist())]
         return [(matrices[1] @ vectors[0])[None], mx.stack(pairs)]
 
-    kernels.check(
+    check(
         key,
         lambda: [
             matvec(x[:1], *(part[1] for part in quantised), bits, group_size),

@@ -10,6 +10,7 @@ from m3dist.comm import Comm
 from m3dist.config import ModelConfig
 from m3dist.model import kernels, matvec
 from m3dist.model.fusion import fused, on_gpu
+from m3dist.model.gpu import check, trusted
 from m3dist.model.grouping import in_blocks
 from m3dist.model.layers import GatedMLP, swiglu_oai
 
@@ -154,7 +155,7 @@ class SparseMoeBlock(nn.Module):
             routed = self.switch_mlp(flat, experts)
         else:
             routed = self.switch_mlp.held(flat, experts, self.first_expert)
-        run = kernels.combine if kernels.trusted(self._combining(x.dtype)) else combine
+        run = kernels.combine if trusted(self._combining(x.dtype)) else combine
         y = run(routed, scores, self.shared_experts(flat), self.scale)
         return self.comm.all_sum(y.reshape(x.shape))
 
@@ -164,7 +165,7 @@ class SparseMoeBlock(nn.Module):
         In float32 throughout: a bfloat16 router chooses other experts for some 2% of tokens. Every rank computes this
         from the same bits, so every rank chooses alike. The bias moves the choice only, not the scores.
         """
-        run = kernels.choose_experts if kernels.trusted(self._kernel) else choose_experts
+        run = kernels.choose_experts if trusted(self._kernel) else choose_experts
         return run(self.gate(x.astype(mx.float32)), self.e_score_correction_bias.astype(mx.float32), self.k)
 
     def prepare(self, dtype: mx.Dtype) -> None:
@@ -176,7 +177,7 @@ class SparseMoeBlock(nn.Module):
             order = mx.argsort(found[0], axis=-1)
             return [mx.take_along_axis(x, order, axis=-1) for x in found]
 
-        kernels.check(
+        check(
             self._kernel,
             lambda: in_order(kernels.choose_experts(*arguments)),
             lambda: in_order(choose_experts(*arguments)),
@@ -185,7 +186,7 @@ class SparseMoeBlock(nn.Module):
         hidden = self.shared_experts.down_proj.weight.shape[0]
         routed = mx.random.normal((3, self.k + 1, hidden), key=mx.random.key(2)).astype(dtype)
         parts = routed[:, 1:], mx.sigmoid(logits[:3, : self.k]), routed[:, 0], self.scale
-        kernels.check(self._combining(dtype), lambda: [kernels.combine(*parts)], lambda: [combine(*parts)])
+        check(self._combining(dtype), lambda: [kernels.combine(*parts)], lambda: [combine(*parts)])
 
     @property
     def _kernel(self) -> tuple[object, ...]:

@@ -17,9 +17,10 @@ from m3dist.cache import LayerCache
 from m3dist.comm import Comm, whole_world
 from m3dist.config import ModelConfig
 from m3dist.errors import CheckpointError
-from m3dist.model import matvec
+from m3dist.model import matvec, token_kernels
 from m3dist.model.attention import Attention
 from m3dist.model.fusion import Compiled
+from m3dist.model.gpu import trusted
 from m3dist.model.layers import DenseMLP, GemmaRMSNorm, prepare_swiglu
 from m3dist.model.moe import SparseMoeBlock
 from m3dist.model.positions import Positions
@@ -146,6 +147,9 @@ class TextModel(nn.Module):
         The residual stream starts here, in the dtype of the norms; some quantised formats give bfloat16 in any case.
         """
         dtype, rows = self.norm.weight.dtype, self.embed_tokens.weight.shape[0]
+        if token_kernels.embed_usable(self.embed_tokens):
+            found = token_kernels.embed(tokens, self.embed_tokens, self.first_row, dtype)
+            return found if rows == self.vocab_size else self.comm.all_sum(found)
         if rows == self.vocab_size:
             return self.embed_tokens(tokens).astype(dtype)
         local = tokens.astype(mx.int32) - self.first_row
@@ -229,6 +233,9 @@ class Model(nn.Module):
     def _gather(self, count: int, hidden: mx.array, note: mx.array) -> tuple[mx.array, ...]:
         # As a matrix of one row: MLX's quantised product on CUDA (0.32.4) fails on a vector.
         local, first = self.local_logits(hidden[None])[0], self.language_model.model.first_row
+        if count == 1 and trusted(token_kernels.BEST):
+            packets = self.comm.all_gather(token_kernels.best(local, first, hidden, note))
+            return tuple(token_kernels.pick(packets))
         return gather_candidates(local, first, max(self._vocabulary), hidden, count, self.comm, note)
 
     def whole_vocabulary(self, local: mx.array) -> mx.array:
@@ -317,6 +324,7 @@ class Model(nn.Module):
         for module in self.modules():
             matvec.prepare(module, dtype)
         text.norm.prepare(dtype)
+        token_kernels.prepare(text.embed_tokens, dtype)
         prepare_swiglu(self.args.swiglu_alpha, self.args.swiglu_limit, dtype)
         self.forget()
 

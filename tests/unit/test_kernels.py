@@ -9,7 +9,8 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from m3dist.model import heads, kernels, layers, matvec, moe
+from m3dist.comm import agreement
+from m3dist.model import gpu, heads, kernels, layers, matvec, moe, token_kernels
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="machine: no g++ to run kernels' source with")
 
@@ -20,13 +21,13 @@ DTYPES = pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
 def dialect(request, monkeypatch):
     """Kernels are emulated, in one of the two languages."""
     for cached in (kernels._add_and_norm, kernels._turn_heads, kernels._choose_experts, kernels._swiglu,
-                   kernels._combine, matvec._matvec):  # fmt: skip
+                   kernels._combine, token_kernels._embed, token_kernels._best, token_kernels._pick):  # fmt: skip
         cached.cache_clear()
         request.addfinalizer(cached.cache_clear)
     monkeypatch.setattr(mx.metal, "is_available", lambda: request.param == "metal")
     monkeypatch.setattr(mx.fast, f"{request.param}_kernel", emulate.compiler(request.param))
     monkeypatch.setattr(kernels, "THREADS", 64)  # threads of the CPU are dear
-    monkeypatch.setattr(matvec, "THREADS", 64)
+    monkeypatch.setattr(token_kernels, "THREADS", 64)
     return request.param
 
 
@@ -38,7 +39,7 @@ def assert_same(ours, theirs):
     limit = 2.0**-7 if any(mine.dtype == mx.bfloat16 for mine in ours) else 3e-5
     for mine, wanted in zip(ours, theirs, strict=True):
         assert mine.shape == wanted.shape and mine.dtype == wanted.dtype
-        assert kernels._difference(mine, wanted) <= limit
+        assert gpu._difference(mine, wanted) <= limit
 
 
 @DTYPES
@@ -95,6 +96,34 @@ def test_combine(dialect, dtype):
     assert_same([kernels.combine(*arguments)], [moe.combine(*arguments)])
 
 
+@DTYPES
+@pytest.mark.parametrize("bits", [4, 8])
+def test_embed(dialect, dtype, bits):
+    module = nn.QuantizedEmbedding(6, 128, 64, bits)
+    rows = mx.dequantize(module.weight, module.scales, module.biases, 64, bits)
+    found = token_kernels.embed(mx.array([[2, 8], [3, 9]], dtype=mx.uint32), module, 3, dtype)
+    nothing = mx.zeros(128)
+    assert_same([found], [mx.stack([nothing, rows[5], rows[0], nothing]).reshape(2, 2, 128).astype(dtype)])
+
+
+@DTYPES
+def test_the_likeliest_token(dialect, dtype):
+    """Of two ranks, by way of what they send; ties go to the lowest id, and unequal hidden states are seen."""
+    logits, hidden = random(300, seed=1).astype(dtype), random(200, seed=2).astype(dtype)
+    notes = [mx.array([n], dtype=mx.uint32) for n in (7, 9)]
+    packets = [
+        token_kernels.best(logits[:170], 40, hidden, notes[0]),
+        token_kernels.best(logits[170:], 210, hidden, notes[1]),
+    ]
+    assert packets[0][2:3].view(mx.uint32).item() == agreement(hidden).item()
+    logit, token, agree, note = token_kernels.pick(mx.stack(packets))
+    assert token.item() == mx.argmax(logits).item() + 40 and logit.item() == logits.max().item()
+    assert agree.item() == 1 and note.item() == 7
+    packets[1] = token_kernels.best(mx.ones(100, dtype=dtype) * 50, 210, hidden[::-1], notes[1])
+    _, token, agree, note = token_kernels.pick(mx.stack(packets))
+    assert token.item() == 210 and agree.item() == 0 and note.item() == 7
+
+
 @pytest.mark.parametrize(
     "bits, group_size, rows, columns", [(4, 64, 37, 1280), (4, 32, 16, 384), (8, 64, 16, 384), (4, 128, 37, 1280)]
 )
@@ -118,29 +147,29 @@ def test_matvec(monkeypatch, bits, group_size, rows, columns):
 
 @pytest.fixture
 def on_gpu(monkeypatch):
-    monkeypatch.setattr(kernels, "on_gpu", lambda: True)
-    monkeypatch.setattr(kernels, "_trusted", {})
+    monkeypatch.setattr(gpu, "on_gpu", lambda: True)
+    monkeypatch.setattr(gpu, "_trusted", {})
 
 
 @pytest.mark.parametrize("found", [lambda: [mx.array([1.0, 2.1])], lambda: [mx.array([1.0, mx.nan])]])
 def test_a_kernel_that_is_wrong_is_not_trusted(on_gpu, capsys, found):
-    kernels.check(("some kernel",), found, lambda: [mx.array([1.0, 2.0])])
-    assert not kernels.trusted(("some kernel",)) and "some kernel is not used here" in capsys.readouterr().err
+    gpu.check(("some kernel",), found, lambda: [mx.array([1.0, 2.0])])
+    assert not gpu.trusted(("some kernel",)) and "some kernel is not used here" in capsys.readouterr().err
 
 
 def test_a_kernel_that_does_not_compile_is_not_trusted(on_gpu, capsys):
     def fails():
         raise RuntimeError("no such register\nand more")
 
-    kernels.check(("some kernel",), fails, lambda: [mx.ones(1)])
-    assert not kernels.trusted(("some kernel",)) and "no such register" in capsys.readouterr().err
+    gpu.check(("some kernel",), fails, lambda: [mx.ones(1)])
+    assert not gpu.trusted(("some kernel",)) and "no such register" in capsys.readouterr().err
 
 
 def test_a_kernel_that_is_right_is_trusted_and_asked_once(on_gpu, capsys):
     asked = []
     for _ in range(2):
-        kernels.check(("some kernel",), lambda: [asked.append(1) or mx.ones(2)], lambda: [mx.ones(2)])
-    assert kernels.trusted(("some kernel",)) and len(asked) == 1 and not capsys.readouterr().err
+        gpu.check(("some kernel",), lambda: [asked.append(1) or mx.ones(2)], lambda: [mx.ones(2)])
+    assert gpu.trusted(("some kernel",)) and len(asked) == 1 and not capsys.readouterr().err
 
 
 def test_matvec_is_for_formats_it_knows():
