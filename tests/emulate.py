@@ -8,6 +8,7 @@ import ctypes
 import subprocess
 import tempfile
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -138,19 +139,25 @@ static void kernel(const void* const* held_inputs, void* const* held_outputs) {
 }
 }
 extern "C" void run(const void* const* in, void* const* out, int groups, int threads) {
-  for (int group = 0; group < groups; ++group) {
-    Block block(threads);
-    for (int i = 0; i < (threads + 31) / 32; ++i) block.warps.push_back(std::make_unique<Warp>());
-    std::vector<std::thread> all;
-    for (int i = 0; i < threads; ++i) {
-      all.emplace_back([&, i] { the_thread = i; the_group = group; the_block = &block; kernel(in, out); });
-    }
-    for (auto& t : all) t.join();
+  Block block(threads);
+  for (int i = 0; i < (threads + 31) / 32; ++i) block.warps.push_back(std::make_unique<Warp>());
+  std::vector<std::thread> all;
+  for (int i = 0; i < threads; ++i) {
+    all.emplace_back([&, i] {
+      the_thread = i, the_block = &block;
+      for (int group = 0; group < groups; ++group) {
+        the_group = group;
+        kernel(in, out);
+        block.barrier.arrive_and_wait();
+      }
+    });
   }
+  for (auto& t : all) t.join();
 }
 """
 
 
+@cache
 def build(source: str) -> ctypes.CDLL:
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch, "kernel.cpp")

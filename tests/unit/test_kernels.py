@@ -3,27 +3,36 @@ trusted. A GPU's compiler is not tested here: `check` does that where there is o
 
 import shutil
 
+import checkpoints
 import emulate
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from reference.ours import build
 
 from m3dist.comm import agreement
 from m3dist.model import gpu, heads, kernels, layers, matvec, moe, token_kernels
+from m3dist.sample import Sampling
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="machine: no g++ to run kernels' source with")
 
 DTYPES = pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
 
 
+def clear():
+    """Let the next call make each kernel anew."""
+    for module in (kernels, token_kernels, matvec):
+        for made in vars(module).values():
+            if hasattr(made, "cache_clear"):
+                made.cache_clear()
+
+
 @pytest.fixture(params=["cuda", "metal"])
 def dialect(request, monkeypatch):
     """Kernels are emulated, in one of the two languages."""
-    for cached in (kernels._add_and_norm, kernels._turn_heads, kernels._choose_experts, kernels._swiglu,
-                   kernels._combine, token_kernels._embed, token_kernels._best, token_kernels._pick):  # fmt: skip
-        cached.cache_clear()
-        request.addfinalizer(cached.cache_clear)
+    clear()
+    request.addfinalizer(clear)
     monkeypatch.setattr(mx.metal, "is_available", lambda: request.param == "metal")
     monkeypatch.setattr(mx.fast, f"{request.param}_kernel", emulate.compiler(request.param))
     monkeypatch.setattr(kernels, "THREADS", 64)  # threads of the CPU are dear
@@ -130,7 +139,7 @@ def test_the_likeliest_token(dialect, dtype):
 def test_matvec(monkeypatch, bits, group_size, rows, columns):
     monkeypatch.setattr(mx.fast, "cuda_kernel", emulate.compiler("cuda"))
     monkeypatch.setattr(matvec, "THREADS", 64)
-    matvec._matvec.cache_clear()
+    clear()
     weights = random(3, rows, columns, seed=1).astype(mx.bfloat16)
     quantised = mx.quantize(weights, group_size, bits)
     x, experts = random(4, columns, seed=2).astype(mx.bfloat16), mx.array([2, 0, 1, 1], dtype=mx.uint32)
@@ -142,7 +151,7 @@ def test_matvec(monkeypatch, bits, group_size, rows, columns):
         assert_same([found], [mx.stack(wanted).astype(mx.bfloat16)])
     alone = matvec.matvec(x[:1], *(part[1] for part in quantised), bits, group_size)
     assert_same([alone], [(matrices[1] @ wide[0])[None].astype(mx.bfloat16)])
-    matvec._matvec.cache_clear()
+    clear()
 
 
 @pytest.fixture
@@ -178,3 +187,47 @@ def test_matvec_is_for_formats_it_knows():
     assert matvec._key(nn.QuantizedLinear.from_linear(linear, 64, 4)) == ("matvec", 4, 64)
     assert matvec._key(nn.QuantizedLinear.from_linear(linear, 64, 6)) is None
     assert matvec._key(nn.QuantizedLinear.from_linear(linear, 32, 4, mode="mxfp4")) is None
+
+
+def test_decode_with_all_of_them(monkeypatch, capsys):
+    """A quantised model in bfloat16, steps below and beyond the block budget: every kernel is trusted, and the hidden
+    states and likeliest tokens are those of MLX's own operations."""
+    config = checkpoints.tiny_config(
+        num_hidden_layers=2, hidden_size=128, head_dim=64, rotary_dim=64, sparse_index_dim=64, intermediate_size=128,
+        shared_intermediate_size=128, dense_intermediate_size=128, num_local_experts=8, num_experts_per_tok=2,
+    )  # fmt: skip
+    model = build(config, checkpoints.random_tensors(config, seed=4))
+    model.set_dtype(mx.bfloat16)
+    nn.quantize(model, 64, 4)
+    prompt, steps = mx.arange(1, 31)[None], [5, 6, 7]
+
+    def run() -> list[mx.array]:
+        model._prepare()
+        cache, found = model.make_cache(), []
+        model.prefill(prompt, cache)
+        for step in steps:
+            hidden = model.hidden(mx.array([[step]], dtype=mx.uint32), cache=cache)[0, -1]
+            candidates = model.candidates(hidden, Sampling(temperature=0), note=step)
+            assert candidates.note.item() == step and candidates.agree.item()
+            found.append((hidden.astype(mx.float32), model.local_logits(hidden[None])[0], candidates.ids.item()))
+        return found
+
+    wanted = run()
+    monkeypatch.setattr(gpu, "on_gpu", lambda: True)
+    monkeypatch.setattr(gpu, "_trusted", {})
+    monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(mx.metal, "is_available", lambda: False)
+    monkeypatch.setattr(mx.fast, "cuda_kernel", emulate.compiler("cuda"))
+    monkeypatch.setattr(kernels, "THREADS", 64)
+    monkeypatch.setattr(token_kernels, "THREADS", 64)
+    monkeypatch.setattr(matvec, "THREADS", 64)
+    clear()
+    found = run()
+    clear()
+    assert not capsys.readouterr().err and all(gpu._trusted.values())
+    names = {key[0] for key in gpu._trusted}
+    assert names == {"add_and_norm", "turn_heads", "choose_experts", "swiglu_oai", "combine", "matvec", "embed",
+                     "best and pick"}  # fmt: skip
+    for (hidden, _, token), (hidden_wanted, logits, _) in zip(found, wanted, strict=True):
+        assert gpu._difference(hidden, hidden_wanted) < 0.05  # bfloat16, rounded in other places
+        assert logits[token] >= logits.max() - 0.1 * mx.abs(logits).max()
