@@ -27,7 +27,7 @@ class HeadProjections:
         self.normed = tuple(name for name in names if f"{name}_norm" in attention)
         self._joined: dict[str, mx.array] | None = None
         self._slices: list[tuple[str, str, mx.array]] = []  # module, leaf and the array it had after join
-        self._gain: tuple[list[mx.array], mx.array] | None = None
+        self._gain: tuple[list[mx.array], list[int], mx.array] | None = None
 
     def join(self) -> None:
         """One matrix for all the projections, where they have one format. Takes their memory once more, briefly."""
@@ -105,12 +105,13 @@ class HeadProjections:
         )
 
     def _gains(self) -> mx.array:
-        """Every normalised head's gain, float32 [heads, dim], computed once for the norms it was made from."""
-        gains = [self.attention[f"{name}_norm"].float32_gain() for name in self.normed]
-        if self._gain is None or any(a is not b for a, b in zip(self._gain[0], gains)):
-            spread = [mx.broadcast_to(gain, (count, self.dim)) for gain, count in zip(gains, self._counts())]
-            self._gain = (gains, mx.concatenate(spread))
-        return self._gain[1]
+        """Every normalised head's gain, float32 [heads, dim], computed once for the norms and heads it was made for:
+        a cut (Model.shard) leaves the norms as they were and takes heads away."""
+        gains, counts = [self.attention[f"{name}_norm"].float32_gain() for name in self.normed], self._counts()
+        if self._gain is None or self._gain[1] != counts or any(a is not b for a, b in zip(self._gain[0], gains)):
+            spread = [mx.broadcast_to(gain, (count, self.dim)) for gain, count in zip(gains, counts)]
+            self._gain = (gains, counts, mx.concatenate(spread))
+        return self._gain[2]
 
 
 def _turn_heads(

@@ -64,10 +64,10 @@ def test_the_command_to_run():
     needed = plan.bytes_held(0) + 32768 * plan.cache_bytes_per_token(0)
     stock = metal.wiring(M5_MAX, needed, {})
     assert stock.warning == (
-        "weights, caches and activations need 118.0 GiB, but macOS lets the GPU keep 107.5 GiB of this Mac's 128.0 GiB;"
-        " expect decoding many times slower. sudo sysctl iogpu.wired_limit_mb=120831 raises that until the next restart"
+        "weights, caches and activations need 118.4 GiB, but macOS lets the GPU keep 107.5 GiB of this Mac's 128.0 GiB;"
+        " expect decoding many times slower. sudo sysctl iogpu.wired_limit_mb=121287 raises that until the next restart"
     )
-    raised = metal.wiring(M5_MAX | {"max_recommended_working_set_size": 120831 * MIB}, needed, {})
+    raised = metal.wiring(M5_MAX | {"max_recommended_working_set_size": 121287 * MIB}, needed, {})
     assert raised == metal.Wiring(needed + ACTIVATIONS)
     assert metal.wiring(M3_ULTRA, needed, {}).warning is None
 
