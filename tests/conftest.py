@@ -36,12 +36,13 @@ def no_module(*names: str) -> str | None:
 
 
 def no_namespaces() -> str | None:
-    """Network namespaces: Linux, root, and a kernel or container that lets root make one."""
+    """Network namespaces: Linux, root, and a kernel or container that lets root make one, with processes of its own."""
     if sys.platform != "linux":
         return f"{MACHINE} needs Linux for network namespaces"
     if os.geteuid() != 0:
         return f"{MACHINE} needs root to make network namespaces"
-    if shutil.which("unshare") and subprocess.run(["unshare", "--net", "true"], capture_output=True).returncode:
+    own = ["unshare", "--net", "--mount", "--pid", "--ipc", "--uts", "--fork", "--mount-proc", "true"]
+    if shutil.which("unshare") and subprocess.run(own, capture_output=True).returncode:
         return f"{MACHINE} may not make network namespaces here"
     return None
 
