@@ -7,6 +7,7 @@ import argparse
 import io
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -17,6 +18,7 @@ from typing import Any, NoReturn
 from m3dist import __version__
 from m3dist.cluster import environment
 from m3dist.cluster.environment import Launch
+from m3dist.cluster.hostfile import BACKENDS, USER_VARIABLES, Hostfile, local_hostfile, read_hostfile
 from m3dist.errors import CommunicationError, M3Error
 from m3dist.machines import LINKS, MACS
 from m3dist.options import (
@@ -31,6 +33,7 @@ from m3dist.options import (
     THINKING,
     BenchOptions,
     GenerateOptions,
+    LinksOptions,
 )
 from m3dist.watchdog import EXIT_PEER_LOST
 
@@ -90,8 +93,8 @@ def generate(parser: argparse.ArgumentParser, args: argparse.Namespace, argv: li
             "argument --prompt: - does not work under mlx.launch, which never passes on the end of standard input; "
             "give the text itself"
         )
-    if launch.launcher == "single" and world > 1:
-        return start_ranks(argv, world)
+    if launch.launcher == "single" and (world > 1 or args.hostfile):
+        return start_ranks(parser, args, argv)
     watch_launcher()
     from m3dist.generate import main as generate_main
 
@@ -104,8 +107,8 @@ def bench(parser: argparse.ArgumentParser, args: argparse.Namespace, argv: list[
     world = check_world(parser, args, launch)
     options = bench_options(args)
     check_bench(parser, options, world)
-    if launch.launcher == "single" and world > 1:
-        return start_ranks(argv, world)
+    if launch.launcher == "single" and (world > 1 or args.hostfile):
+        return start_ranks(parser, args, argv)
     watch_launcher()
     from m3dist.bench.program import main as bench_main
 
@@ -128,11 +131,80 @@ def check_bench(parser: argparse.ArgumentParser, options: BenchOptions, world: i
     check(options, world)
 
 
-def start_ranks(argv: list[str], world: int) -> int:
-    """Run this command in `world` processes on this machine."""
-    from m3dist.cluster.local import run_local
+def bench_links(parser: argparse.ArgumentParser, args: argparse.Namespace, argv: list[str]) -> int:
+    """As bench, but nothing to measure for one rank. A flag before the word `links` is one of bench's."""
+    if argv[1] != "links":
+        parser.error(f"argument {argv[1]}: not allowed before links, whose flags come after it")
+    launch = environment.detect(os.environ)
+    world = check_world(parser, args, launch)
+    if world == 1 and launch.world:
+        parser.error("argument -n/--ranks: needs 2 or more, or a launcher that starts them: links are between ranks")
+    if launch.launcher == "single":
+        return start_ranks(parser, args, argv)
+    watch_launcher()
+    from m3dist.bench.links import main as links_main
 
-    return run_local(argv, world)
+    return links_main(LinksOptions(args.sizes, args.repeats, args.json), launch)
+
+
+def start_ranks(parser: argparse.ArgumentParser, args: argparse.Namespace, argv: list[str]) -> int:
+    """Run this command as the ranks that --hostfile or -n ask for."""
+    from m3dist.cluster.supervise import Job, run_job
+
+    hostfile = hosts_of(parser, args)
+    return run_job(
+        Job(
+            hostfile,
+            (None, "-m", "m3dist", *argv),
+            env=forwarded(),
+            ours=("stdin", "stdout", "stderr") if sys.stderr.isatty() else ("stdin", "stdout"),
+        )
+    )
+
+
+def launch(parser: argparse.ArgumentParser, args: argparse.Namespace, argv: list[str]) -> int:
+    """Run any command as ranks."""
+    from m3dist.cluster.supervise import Job, run_again
+
+    command = args.command[1:] if args.command[:1] == ["--"] else args.command
+    if not command:
+        parser.error("argument COMMAND: what to run, after --")
+    started = environment.detect(os.environ)
+    if started.launcher != "single":
+        parser.error(f"{started.launcher} started this process as a rank already; run the command itself")
+    hostfile = hosts_of(parser, args)
+    job = Job(
+        hostfile,
+        tuple(command),
+        env=forwarded() | dict(args.env),
+        marked=True,
+        ours=("stdin",),
+        reports=False,
+        start_limit=args.start_limit,
+        silence_limit=args.silence_limit,
+    )
+    return run_again(job, args.restart)
+
+
+def hosts_of(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Hostfile:
+    """What --hostfile, -n, --weights and --backend name; the ring where nothing else is said. Ends the program where
+    the flags do not agree; raises HostfileError."""
+    if args.hostfile and args.ranks:
+        parser.error("argument -n/--ranks: not allowed with argument --hostfile, which says how many there are")
+    if not args.hostfile:
+        ranks = args.ranks or len(getattr(args, "weights", None) or "1")
+        if ranks > MAX_RANKS:
+            parser.error(f"argument --weights: {ranks} ranks; at most {MAX_RANKS} can share this model")
+        return local_hostfile(ranks, args.backend or "ring")
+    hostfile = read_hostfile(args.hostfile)
+    backend = args.backend or hostfile.backend or "ring"
+    return hostfile if backend == hostfile.backend else hostfile.with_backend(backend)
+
+
+def forwarded() -> dict[str, str]:
+    """Variables of ours that every rank shall have: m3dist's settings, and what reaches the hub."""
+    names = (*USER_VARIABLES, "HF_TOKEN", "HF_ENDPOINT", "HF_HUB_OFFLINE")
+    return {name: os.environ[name] for name in names if name in os.environ}
 
 
 def watch_launcher() -> None:
@@ -146,7 +218,7 @@ def check_world(parser: argparse.ArgumentParser, args: argparse.Namespace, launc
     """The number of ranks, if the flags agree with the launcher and with each other; else ends the program."""
     world = launch.world
     if launch.launcher == "single":
-        world = args.ranks or len(args.weights or "1")
+        world = hosts_of(parser, args).world
     elif args.ranks and world and args.ranks != world:
         parser.error(
             f"argument -n/--ranks: {launch.launcher} started {world} ranks, not {args.ranks}; "
@@ -223,6 +295,7 @@ def build_parser() -> Parser:
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     add_generate(verbs.add_parser("generate", help="answer one prompt"))
     add_plan(verbs.add_parser("plan", help="what each machine would hold and read"))
+    add_launch(verbs.add_parser("launch", help="run a command as ranks, on this machine or those of a hostfile"))
     add_bench(verbs.add_parser("bench", help="measure speed and memory here, and compare with mlx-lm"))
     return parser
 
@@ -271,11 +344,19 @@ def add_prefill_chunk(group: Any) -> None:
         "the CPU")
 
 
+def add_ranks(group: Any) -> None:
+    add(group, "-n", "--ranks", metavar="N", type=whole(1, MAX_RANKS),
+        help="processes to start on this machine (mlx.launch and mpirun set their number themselves)")
+    add(group, "--hostfile", metavar="FILE", type=nonempty,
+        help="the machines to start ranks on, over ssh (hostfiles/README.md)")
+    add(group, "--backend", choices=BACKENDS,
+        help="what the ranks talk over; default: what the hostfile names, or ring")
+
+
 def add_cut(parser: argparse.ArgumentParser, preset: GenerateOptions | BenchOptions) -> Any:
     """The group of flags that say how many ranks there are and what each holds."""
     cut = parser.add_argument_group("the cut")
-    add(cut, "-n", "--ranks", metavar="N", type=whole(1, MAX_RANKS),
-        help="processes to start on this machine (mlx.launch and mpirun set their number themselves)")
+    add_ranks(cut)
     add(cut, "--experts", choices=EXPERTS, default=preset.experts,
         help="cut each routed expert by columns, or give each rank whole experts")
     add(cut, "--attention", choices=ATTENTION, default=preset.attention,
@@ -284,6 +365,25 @@ def add_cut(parser: argparse.ArgumentParser, preset: GenerateOptions | BenchOpti
     add(cut, "--dtype", choices=DTYPES,
         help="of activations and unquantised weights; default: bfloat16 on a GPU, float32 on the CPU")
     return cut
+
+
+def add_launch(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Run COMMAND once a rank, here or on the machines of a hostfile; watch it, and end all ranks when one fails."
+    )
+    parser.usage = "%(prog)s [--hostfile FILE | -n N] [FLAG ...] -- COMMAND ..."
+    parser.set_defaults(call=partial(launch, parser))
+    add_ranks(parser)
+    add(parser, "--restart", metavar="N", type=whole(0), default=0,
+        help="start again at most N times after a failure, after 1, 2, 4, ... s")
+    add(parser, "--start-limit", metavar="SECONDS", type=real("more than 0", lambda x: x > 0), default=60.0,
+        help="until every host must have answered and every rank that reports must have come up")
+    add(parser, "--silence-limit", metavar="SECONDS", type=real("5 or more", lambda x: x >= 5), default=10.0,
+        help="without a word from a host, until it counts as lost")
+    parser.add_argument("--env", metavar="NAME[=VALUE]", type=variable, action="append", default=[],
+        help="set for every rank; without a value, to ours; repeatable")
+    parser.add_argument("command", metavar="COMMAND", nargs=argparse.REMAINDER,
+        help="`python` and `m3dist` are each host's own (the hostfile's `python`)")
 
 
 def add_bench(parser: argparse.ArgumentParser) -> None:
@@ -315,6 +415,24 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
     add(runs, "--plot", metavar="FILE", type=nonempty, help="draw decode against context, as FILE.png or .svg")
 
     add_cut(parser, preset)
+    others = parser.add_subparsers(title="instead of a model", metavar="WHAT")
+    add_links(others.add_parser("links", help="time and check sums and gathers between ranks; has flags of its own"))
+    parser.usage = "%(prog)s [FLAG ...]\n       %(prog)s links [FLAG ...]"  # argparse would say that WHAT is needed
+
+
+def add_links(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Time sums and gathers between the ranks by size, on any launcher, and check that they are right. No model."
+    )
+    parser.set_defaults(call=partial(bench_links, parser))
+    preset = LinksOptions()
+    add_ranks(parser)
+    parser.add_argument("--sizes", metavar="SIZE,SIZE,...", type=sizes, default=preset.sizes,
+        help="what each rank gives, in bytes or as 12KiB or 1MiB; default: 4 to 16MiB by fours, and 12KiB, "
+        "which MiniMax-M3 sums in decode")
+    add(parser, "--repeats", metavar="N", type=whole(1), default=preset.repeats,
+        help="runs for each figure; of slow ones fewer")
+    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
 
 
 def add_plan(parser: argparse.ArgumentParser) -> None:
@@ -402,6 +520,28 @@ def real(described: str, allowed: Callable[[float], bool]) -> Callable[[str], fl
 def counts(text: str) -> tuple[int, ...]:
     """Comma-separated whole numbers, 1 or more; or the word none, for no number at all."""
     return () if text == "none" else tuple(whole(1)(part) for part in text.split(","))
+
+
+def sizes(text: str) -> tuple[int, ...]:
+    """Comma-separated sizes in bytes, KiB or MiB: multiples of 4 bytes, whole values of every dtype, up to 256 MiB."""
+    found = []
+    for part in text.split(","):
+        match = re.fullmatch(r"([0-9]{1,9})(B|KiB|MiB)?", part)
+        count = int(match[1]) * {"KiB": 2**10, "MiB": 2**20}.get(match[2], 1) if match else 0
+        if not 4 <= count <= 2**28 or count % 4:
+            raise argparse.ArgumentTypeError(f"must be a multiple of 4 up to 256MiB, such as 12KiB, not {part!r}")
+        found.append(count)
+    return tuple(found)
+
+
+def variable(text: str) -> tuple[str, str]:
+    """NAME=VALUE, or NAME for a variable of ours."""
+    name, equals, value = text.partition("=")
+    if not name.isidentifier():
+        raise argparse.ArgumentTypeError(f"must be NAME=VALUE or NAME, not {text!r}")
+    if not equals and name not in os.environ:
+        raise argparse.ArgumentTypeError(f"{name} is not set here; give it a value: {name}=...")
+    return name, value if equals else os.environ[name]
 
 
 def settings(text: str) -> tuple[tuple[str, str], ...]:

@@ -84,7 +84,8 @@ def connect(backend: str | None, job: str | None = None, limit: float = 60.0) ->
         return Comm(group), job or ""
     mpi = _running_mpi()
     job = mpi.COMM_WORLD.bcast(job or os.urandom(8).hex(), root=0)
-    return Comm(group, abort=mpi.COMM_WORLD.Abort), job
+    supervised = os.environ.get("M3DIST_LAUNCHER") == "m3dist"  # which sees a rank end, and ends the others itself
+    return Comm(group, abort=None if supervised else mpi.COMM_WORLD.Abort), job
 
 
 def wait_for_every_rank_to_join(backend: str, limit: float) -> mx.distributed.Group:

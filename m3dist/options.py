@@ -1,4 +1,4 @@
-"""What `m3dist generate` and `m3dist bench` were asked to do, and the words the flags know. No MLX."""
+"""What `m3dist generate`, `bench` and `bench links` were asked to do, and the words the flags know. No MLX."""
 
 from dataclasses import dataclass
 
@@ -12,6 +12,7 @@ MAX_RANKS = 16
 # Tokens of a prompt computed at a time where --prefill-chunk is left out. On a GPU as mlx-lm's generators do.
 # On the CPU 2,048 tokens of a small 4-bit model took 10 s at 512 a time as at 2048, above the weights 48 and 140 MiB.
 GPU_PREFILL_CHUNK, CPU_PREFILL_CHUNK = 2048, 512
+DECODE_SUM = 12 * 1024  # bytes that MiniMax-M3 sums at a time in decode: a token's hidden state in bfloat16
 
 
 @dataclass(frozen=True)
@@ -63,3 +64,13 @@ class BenchOptions:
     experts: str = "columns"  # one of EXPERTS
     attention: str = "heads"  # one of ATTENTION
     weights: tuple[float, ...] | None = None  # each rank's share of the work, > 0; None: equal
+
+
+@dataclass(frozen=True)
+class LinksOptions:
+    """One measurement of links. Every value is in range."""
+
+    # Bytes that a rank gives to a collective, multiples of 4 each: by default from 4 by fours to 16 MiB, and M3's own.
+    sizes: tuple[int, ...] = tuple(sorted([4**power for power in range(1, 13)] + [DECODE_SUM]))
+    repeats: int = 50  # >= 1, at most so many runs for each figure
+    json: bool = False  # end with one JSON line

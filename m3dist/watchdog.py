@@ -12,9 +12,12 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from m3dist.errors import M3Error
+from m3dist.status import own_page
 
 EXIT_PEER_LOST = 75  # another rank is gone: that rank's own message says why
 EXIT_STALLED = 76  # nothing finished within the limit
+EXIT_UNREACHABLE = 77  # a host cannot be reached, or was lost
+EXIT_NOT_STARTED = 78  # a rank or a host did not start in time, or is not as it must be
 
 
 def end_process(code: int, message: str, abort: Callable[[int], None] | None = None) -> None:
@@ -45,12 +48,13 @@ def seconds(name: str, default: float) -> float:
 
 
 class Watchdog:
-    """Ends the process when `progress` was not called for `limit` seconds. Watches from `start` to `stop`."""
+    """Ends the process when `progress` was not called for `limit` seconds; where an agent started the process, it can
+    read the same from the rank's status page, also when this process is stopped. Watches from `start` to `stop`."""
 
     def __init__(self, who: str, abort: Callable[[int], None] | None = None):
         self.who, self.abort = who, abort
         self._phase, self._limit, self._since = "start", float("inf"), time.monotonic()
-        self._changed = threading.Condition()
+        self._changed, self._page = threading.Condition(), own_page()
         threading.Thread(target=self._watch, name="m3dist-watchdog", daemon=True).start()
 
     def progress(self, phase: str, limit: float) -> None:
@@ -58,6 +62,8 @@ class Watchdog:
         with self._changed:
             earlier = limit < self._limit
             self._phase, self._limit, self._since = phase, limit, time.monotonic()
+            if self._page:
+                self._page.write(phase, limit)
             if earlier:
                 self._changed.notify()
 
@@ -73,4 +79,10 @@ class Watchdog:
                     break
                 self._changed.wait(None if left == float("inf") else left)
         message = f"{self.who}: nothing finished for {self._limit:.0f} s in {self._phase}; a peer stalled or is gone"
-        end_process(EXIT_STALLED, message, self.abort)
+        end_process(EXIT_STALLED, f"{message} ({_where_the_program_is()})", self.abort)
+
+
+def _where_the_program_is() -> str:
+    """The line that the main thread has come to."""
+    frame = sys._current_frames()[threading.main_thread().ident or 0]
+    return f"at line {frame.f_lineno} of {frame.f_code.co_filename}, {frame.f_code.co_name}"

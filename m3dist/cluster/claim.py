@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import json
 import os
+from functools import cache
 from pathlib import Path
 
 from m3dist.cluster.environment import Launch, LaunchError
@@ -19,23 +20,29 @@ LOCKS = Path("/tmp/m3dist.lock")  # the same for every user and session of a mac
 
 def claim_addresses(launch: Launch, hostfile: str | None) -> None:
     """Hold this rank's ring addresses until the process ends. Raises LaunchError naming one that is taken."""
-    if launch.backend != "ring" or not hostfile:
-        return
+    if launch.backend != "ring" or launch.launcher == "m3dist" or not hostfile:
+        return  # under m3dist the agent holds them
     own = json.loads(Path(hostfile).read_text())[launch.rank]
-    locks = _open(LOCKS)  # never closed: that would drop every lock this process has on the file
     for address in [own] if isinstance(own, str) else own:
-        _claim(locks, address)
+        claim(address)
 
 
-def _claim(locks: int, address: str) -> None:
+def claim(address: str) -> None:
+    """Hold "ip:port" until the process ends. Raises LaunchError where another process holds it."""
     digest = hashlib.sha256(f"{_network()} {address}".encode()).digest()
     try:
-        fcntl.lockf(locks, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, int.from_bytes(digest[:7], "big"))
+        fcntl.lockf(_locks(), fcntl.LOCK_EX | fcntl.LOCK_NB, 1, int.from_bytes(digest[:7], "big"))
     except (BlockingIOError, PermissionError):  # EAGAIN or EACCES, as the system likes
         raise LaunchError(
             f"another job on this machine uses the ring address {address}; wait for it to end, or start this one "
-            "with another --starting-port (m3dist's own -n finds free ports)"
+            "with another --starting-port (m3dist launch finds free ports)"
         ) from None
+
+
+@cache
+def _locks() -> int:
+    """Opened once and never closed: that would drop every lock this process has on the file."""
+    return _open(LOCKS)
 
 
 def _open(path: Path) -> int:

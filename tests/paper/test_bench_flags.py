@@ -6,14 +6,14 @@ import sys
 import pytest
 
 from m3dist import cli
-from m3dist.cluster import environment, local
+from m3dist.cluster import environment, supervise
 from m3dist.cluster.environment import Launch
 from m3dist.options import BenchOptions
 
 
 @pytest.fixture(autouse=True)
 def called(monkeypatch):
-    """Stands for the bench's program and the local launcher; holds what they were called with."""
+    """Stands for the bench's program and the launcher; holds what they were called with."""
     calls = []
 
     class Program:
@@ -23,7 +23,7 @@ def called(monkeypatch):
             return 0
 
     monkeypatch.setitem(sys.modules, "m3dist.bench.program", Program)
-    monkeypatch.setattr(local, "run_local", Program.main)
+    monkeypatch.setattr(supervise, "run_job", Program.main)
     for name in (*environment.MPI_RANKS, *environment.MLX_BACKENDS, "MLX_RANK"):
         monkeypatch.delenv(name, raising=False)
     return calls
@@ -59,7 +59,8 @@ def test_every_flag_arrives(called, tmp_path):
 
 def test_local_ranks(called):
     assert run("-n", "2", "--json") == 0
-    assert called == [(["bench", "-n", "2", "--json"], 2)]
+    [(job,)] = called
+    assert (job.command, job.hostfile.world) == ((None, "-m", "m3dist", "bench", "-n", "2", "--json"), 2)
 
 
 @pytest.mark.parametrize(

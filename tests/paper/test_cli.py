@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from m3dist import __version__, cli
-from m3dist.cluster import environment, local
+from m3dist.cluster import environment, supervise
 from m3dist.cluster.environment import Launch
 from m3dist.errors import CommunicationError, PlanError
 
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(autouse=True)
 def called(monkeypatch):
-    """Stands for both verbs' modules and the local launcher; holds what they were called with."""
+    """Stands for both verbs' modules and the launcher; holds what they were called with."""
     calls = []
 
     class Verb:
@@ -27,7 +27,7 @@ def called(monkeypatch):
 
     monkeypatch.setitem(sys.modules, "m3dist.generate", Verb)
     monkeypatch.setitem(sys.modules, "m3dist.plan_report", Verb)
-    monkeypatch.setattr(local, "run_local", Verb.main)
+    monkeypatch.setattr(supervise, "run_job", Verb.main)
     for name in (*environment.MPI_RANKS, *environment.MLX_BACKENDS, "MLX_RANK"):
         monkeypatch.delenv(name, raising=False)
     return calls
@@ -76,12 +76,74 @@ def test_every_flag_arrives(called):
 def test_several_ranks_are_started_with_the_same_flags(called):
     argv = ["generate", "--prompt", "hi", "-n", "3"]
     assert run(*argv) == 0
-    assert called == [(argv, 3)]
+    [(job,)] = called
+    assert (job.command, job.hostfile.world, job.backend) == ((None, "-m", "m3dist", *argv), 3, "ring")
+    assert (job.marked, job.reports) == (False, True)
 
 
 def test_weights_say_how_many_ranks(called):
     assert run("generate", "--prompt", "hi", "--weights", "2,1,1.5") == 0
-    assert called[0][1] == 3
+    assert called[0][0].hostfile.world == 3
+
+
+def test_a_hostfile_says_how_many_ranks(called):
+    hostfile = str(ROOT / "hostfiles" / "one-machine.json")
+    assert run("generate", "--prompt", "hi", "--hostfile", hostfile, "--backend", "mpi") == 0
+    [(job,)] = called
+    assert (job.hostfile.world, job.backend) == (2, "mpi")
+
+
+def test_a_hostfile_of_one_rank_is_started_too(called, tmp_path):
+    """It may be another machine's."""
+    (tmp_path / "hosts.json").write_text('{"backend": "ring", "hosts": [{"ssh": "mac1", "ips": ["10.0.0.1"]}]}')
+    assert run("generate", "--prompt", "hi", "--hostfile", str(tmp_path / "hosts.json")) == 0
+    assert called[0][0].hostfile.hosts[0].ssh == "mac1"
+
+
+def test_launch_runs_any_command(called, monkeypatch):
+    monkeypatch.setenv("HERE", "a b")
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    flags = ("--start-limit", "5", "--silence-limit", "7", "--env", "HERE", "--env", "X=1=2")
+    assert run("launch", "-n", "2", *flags, "--", "sh", "-c", "exit 0") == 0
+    [(job,)] = called
+    assert (job.command, job.marked, job.reports) == (("sh", "-c", "exit 0"), True, False)
+    assert (job.start_limit, job.silence_limit) == (5, 7)
+    assert dict(job.env) == {"HERE": "a b", "X": "1=2", "HF_TOKEN": "hf_secret"}
+
+
+def test_launch_starts_again(called, monkeypatch, capsys):
+    monkeypatch.setattr(supervise, "run_job", lambda job: called.append(job) or 5)
+    monkeypatch.setattr(supervise.time, "sleep", lambda seconds: called.append(seconds))
+    assert run("launch", "--restart", "3", "--", "true") == 5
+    assert called[1::2] == [1, 2, 4] and len(called) == 7
+    assert "m3dist: starting again in 4 s (3 of 3)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("status", [0, 2, 130, 143])
+def test_launch_does_not_start_again_what_would_fail_again_or_was_ended(called, monkeypatch, status):
+    monkeypatch.setattr(supervise, "run_job", lambda job: called.append(job) or status)
+    assert run("launch", "--restart", "3", "--", "true") == status
+    assert len(called) == 1
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        ("launch -n 2", "argument COMMAND: what to run, after --"),
+        ("launch -n 2 --", "argument COMMAND: what to run, after --"),
+        ("launch -n 2 --hostfile h -- true", "argument -n/--ranks: not allowed with argument --hostfile"),
+        ("launch --hostfile no-such-file -- true", "no-such-file: cannot be read"),
+        ("launch --env 1A=2 -- true", "argument --env: must be NAME=VALUE or NAME, not '1A=2'"),
+        ("launch --env M3DIST_NOT_SET -- true", "argument --env: M3DIST_NOT_SET is not set here"),
+        ("launch --start-limit 0 -- true", "argument --start-limit: must be"),
+        ("launch -n 2 --backend tcp -- true", "argument --backend: invalid choice: 'tcp'"),
+        ("generate --prompt hi -n 2 --backend jaccl", "-n 2"),
+    ],
+)
+def test_what_cannot_be_launched(called, capsys, argv, message):
+    assert run(*argv.split()) == 2
+    assert message in capsys.readouterr().err
+    assert called == []
 
 
 @pytest.mark.parametrize("n", [[], ["-n", "2"]])

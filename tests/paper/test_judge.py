@@ -1,18 +1,21 @@
-"""Which rank the local launcher blames, from the exits alone."""
+"""Whom the launcher blames, from what it has seen."""
 
 import math
 
 import pytest
 
-from m3dist.cluster.local import CAUSE_GRACE, STRAGGLE, Exit, Verdict, free_ports, judge
+from m3dist.cluster.agent import free_ports
+from m3dist.cluster.judge import CAUSE_GRACE, STRAGGLE, Evidence, Exit, Loss, Stall, Verdict, judge
 
 LATE = 100.0
 
 
-def job(*exits: tuple[int, int, float], world: int = 3, now: float = LATE) -> Verdict | float:
-    """judge() for (rank, code, at)."""
-    noted = [Exit(*exit) for exit in exits]
-    return judge(noted, set(range(world)) - {exit.rank for exit in noted}, now)
+def job(*exits: tuple, stalls=(), losses=(), heard=None, hosts=("here",) * 3, now: float = LATE) -> Verdict | float:
+    """judge() for exits (rank, code, at), stalls (rank, phase, seconds, state, at), losses (host, how, at); a rank a
+    host."""
+    seen = Evidence(range(len(hosts)), hosts, [Exit(*exit) for exit in exits], [Stall(*stall) for stall in stalls])
+    seen.losses, seen.heard = [Loss(*loss) for loss in losses], heard or {}
+    return judge(seen, now)
 
 
 @pytest.mark.parametrize(
@@ -60,5 +63,52 @@ def test_an_early_end_is_given_time():
     assert (verdict.status, verdict.rank) == (1, 1)
 
 
+def test_a_rank_that_a_launcher_above_us_ended_is_no_cause():
+    """mpirun ends every rank when one fails; their agents say that they were told to."""
+    ordered = (0, -15, 9.0, "decode step 3", 0, False, True)
+    verdict = job(ordered, (1, 5, 10.0), now=10.0)
+    assert isinstance(verdict, Verdict) and (verdict.status, verdict.rank) == (5, 1)
+
+
+def test_a_rank_that_says_it_lost_a_peer_is_no_cause():
+    """Programs that are not ours end with status 1 then."""
+    verdict = job((0, 1, 9.0, None, 0, True), (1, -9, 10.0), now=10.0)
+    assert isinstance(verdict, Verdict) and (verdict.status, verdict.rank) == (137, 1)
+
+
+def test_a_stopped_rank_is_blamed_at_once():
+    stalls = [(1, "decode step 7", 4.0, "T", 10.0)]
+    verdict = job((0, 76, 9.0), stalls=stalls, hosts=("a", "b", "c"), now=10.0)
+    assert verdict == Verdict(
+        76, "rank 1 on b finished nothing for 4 s in decode step 7; its process is stopped (SIGSTOP)", 1
+    )
+
+
+def test_of_ranks_that_stall_the_longest_is_blamed():
+    stalls = [(0, "decode step 7", 4.0, "S", 10.0), (2, "decode step 6", 5.0, "R", 10.2)]
+    assert job(stalls=stalls, now=10.5) == 10.0 + CAUSE_GRACE
+    verdict = job(stalls=stalls)
+    assert verdict == Verdict(76, "rank 2 finished nothing for 5 s in decode step 6", 2)
+
+
+def test_all_waited_for_each_other():
+    exits = [(rank, 76, 10.0 + rank, "decode step 9") for rank in range(3)]
+    verdict = job(*exits, hosts=("a", "b", "b"), now=12.0)
+    assert isinstance(verdict, Verdict) and verdict.status == 76
+    assert "waited for each other in decode step 9: a link between a and b is down" in verdict.reason
+
+
+def test_a_lost_host():
+    verdict = job((0, 76, 9.0), losses=[(2, "no word from it for 10 s", 11.0)], hosts=("a", "b", "c"))
+    assert verdict == Verdict(77, "host c was lost: no word from it for 10 s", host=2)
+
+
+def test_a_victim_waits_for_a_host_that_is_silent_since():
+    """It has lost its peers, or is the one that was lost: a ping will tell."""
+    heard = {0: 9.0, 1: 12.0, 2: 9.5}
+    assert job((0, 75, 10.0), heard=heard, hosts=("a", "b", "c"), now=15.0) == 15.0 + CAUSE_GRACE
+    assert isinstance(job((0, 75, 10.0), heard=heard | {2: 14.0}, hosts=("a", "b", "c"), now=15.0), Verdict)
+
+
 def test_free_ports_are_different():
-    assert len(set(free_ports(16))) == 16
+    assert len(set(free_ports(["127.0.0.1"] * 16))) == 16

@@ -1,4 +1,4 @@
-"""run_local with real processes: a launcher of its own for each test, and small rank programs that misbehave.
+"""run_job with real processes: a launcher of its own for each test, and small rank programs that misbehave.
 
 Every wait has a deadline, so a hang is a failure.
 """
@@ -13,18 +13,22 @@ from pathlib import Path
 
 import pytest
 
-from m3dist.cluster import local
-from m3dist.cluster.environment import LaunchError
+from m3dist.cluster import agent
+from m3dist.watchdog import EXIT_NOT_STARTED
 
 ROOT = Path(__file__).parents[2]
 DEADLINE = 30.0
 
 LAUNCHER = """
 import sys, time
-from m3dist.cluster import local
-local.STRAGGLE = 1.0
+from m3dist.cluster import judge
+from m3dist.cluster.hostfile import local_hostfile
+from m3dist.cluster.supervise import Job, run_job
+judge.STRAGGLE = 1.0
 ranks, program, options = int(sys.argv[1]), sys.argv[2], eval(sys.argv[3])
-status = local.run_local([], ranks, command=[sys.executable, program], **options)
+ours = ("stdin", "stdout", "stderr") if sys.stderr.isatty() else ("stdin", "stdout")
+command = options.pop("command", (None, program))
+status = run_job(Job(local_hostfile(ranks, options.pop("backend", "ring")), command, **{"ours": ours} | options))
 with open("cpu", "w") as file:
     print(time.process_time(), file=file)
 sys.exit(status)
@@ -187,7 +191,7 @@ def test_the_launcher_sleeps_while_the_ranks_work(launcher):
 def test_an_exit_code_ends_the_job_and_is_its_status(launcher, culprit):
     done = launcher.run(f"all_here(); sys.exit(3) if rank == {culprit} else time.sleep(60)")
     assert done.returncode == 3
-    assert f"m3dist: rank {culprit} ended with exit code 3; all ranks were ended" in done.stderr
+    assert f"m3dist: rank {culprit} ended with exit code 3 in start; all ranks were ended" in done.stderr
 
 
 def test_a_signal_death_is_named(launcher):
@@ -221,7 +225,7 @@ def test_the_rank_that_failed_is_blamed_not_the_ones_that_lost_it(launcher):
 def test_a_silent_rank_is_named_by_those_that_waited_for_it(launcher):
     done = launcher.run("all_here(); time.sleep(60) if rank == 1 else sys.exit(76)")
     assert done.returncode == 76
-    assert "m3dist: rank 0 ended with exit code 76; still running then: rank 1" in done.stderr
+    assert "m3dist: rank 0 ended with exit code 76 in start; still running then: rank 1" in done.stderr
 
 
 def test_a_stopped_rank_is_ended_too(launcher):
@@ -244,24 +248,20 @@ def test_a_rank_that_ignores_sigterm_is_killed(launcher):
     program = "signal.signal(signal.SIGTERM, signal.SIG_IGN); all_here(); time.sleep(60) if rank else sys.exit(4)"
     done = launcher.run(program)
     assert done.returncode == 4
-    assert local.END_GRACE < time.monotonic() - began < 15
+    assert agent.END_GRACE < time.monotonic() - began < 15
 
 
 def test_a_rank_that_never_starts(launcher):
     program = "import time; time.sleep(60)"
-    done = launcher.run(program, prelude="", options={"start_timeout": 1.0})
-    assert done.returncode == 1
+    done = launcher.run(program, prelude="", options={"start_limit": 1.0})
+    assert done.returncode == EXIT_NOT_STARTED
     assert "m3dist: ranks 0, 1 did not start within 1 s" in done.stderr
 
 
-def test_a_command_that_does_not_exist(tmp_path):
-    with pytest.raises(LaunchError, match="cannot start rank 0: .*no-such-command"):
-        local.run_local([], 2, command=[str(tmp_path / "no-such-command")])
-
-
-def test_another_backend_is_refused():
-    with pytest.raises(LaunchError, match="over the ring, not mpi; for mpi use mpirun"):
-        local.run_local([], 2, backend="mpi")
+def test_a_command_that_does_not_exist(launcher):
+    done = launcher.run("", options={"command": ("no-such-command",)})
+    assert done.returncode == EXIT_NOT_STARTED
+    assert "m3dist: cannot start rank 0: [Errno 2] No such file or directory: 'no-such-command'" in done.stderr
 
 
 # ---------------------------------------------------------------------------------------------------------------------

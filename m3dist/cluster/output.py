@@ -1,0 +1,86 @@
+"""What the ranks print, shown on our standard streams. No MLX."""
+
+import sys
+import threading
+from collections import defaultdict, deque
+from collections.abc import Callable
+from contextlib import suppress
+from queue import SimpleQueue
+from typing import IO
+
+from m3dist.cluster.channel import Message, as_bytes
+
+TAIL = 20  # lines of each rank's standard error that are kept
+STDOUT, STDERR = 1, 2
+
+
+class Output:
+    """Whole lines, as bytes: no character is ever cut, no two ranks' lines are mixed, and each carries its rank.
+
+    Unless `marked`, rank 0's standard output goes out as it comes, as the program's own, and its standard error carries
+    no mark; the others' standard output then goes to standard error. A thread of its own writes: whoever does not read
+    us holds up the ranks that print, and nothing else.
+    """
+
+    def __init__(self, marked: bool, stdout: IO[bytes] | None = None, stderr: IO[bytes] | None = None):
+        self.marked = marked
+        self.streams = {STDOUT: stdout or sys.stdout.buffer, STDERR: stderr or sys.stderr.buffer}
+        self._unfinished: dict[tuple[int, int], bytes] = defaultdict(bytes)
+        self._tails: dict[int, deque[bytes]] = defaultdict(lambda: deque(maxlen=TAIL))
+        self._queue: SimpleQueue[tuple[int, bytes, Callable[[], None]]] = SimpleQueue()
+        self._written = threading.Semaphore(0)
+        threading.Thread(target=self._write, daemon=True).start()
+
+    def add(self, message: Message, shown: Callable[[int], None]) -> None:
+        """Show an agent's {output: rank, stream, data}; `shown` is called with the number of bytes once they are."""
+        rank, stream, data = message["output"], message["stream"], as_bytes(message["data"])
+        raw = rank == 0 and stream == STDOUT and not self.marked
+        text = data if raw else self._lines(rank, stream, data)
+        self._queue.put((self._target(rank, stream), text, lambda: shown(len(data))))
+
+    def drain(self, timeout: float = 2.0) -> None:
+        """Show what is left, lines without an end too, within `timeout` seconds."""
+        for (rank, stream), rest in self._unfinished.items():
+            if rest:
+                self._queue.put((self._target(rank, stream), self._line(rank, stream, rest + b"\n"), lambda: None))
+        self._unfinished.clear()
+        self._queue.put((STDERR, b"", self._written.release))
+        self._written.acquire(timeout=timeout)
+
+    def say(self, text: str) -> None:
+        """A message of the launcher's own."""
+        with suppress(OSError, ValueError):
+            self.streams[STDERR].write(text.encode(errors="replace"))
+            self.streams[STDERR].flush()
+
+    def show_again(self, tail: bytes) -> None:
+        with suppress(OSError, ValueError):
+            self.streams[STDERR].write(b"".join(b"    " + line for line in tail.splitlines(keepends=True)))
+            self.streams[STDERR].flush()
+
+    def tail(self, rank: int) -> bytes:
+        """The last lines of a rank's standard error."""
+        return b"".join(self._tails[rank]) + self._unfinished[rank, STDERR]
+
+    def _target(self, rank: int, stream: int) -> int:
+        return stream if self.marked or rank == 0 else STDERR
+
+    def _lines(self, rank: int, stream: int, data: bytes) -> bytes:
+        *whole, rest = (self._unfinished[rank, stream] + data).split(b"\n")
+        if len(rest) > 2**16:  # no end in sight, as with a progress bar
+            whole, rest = [*whole, rest], b""
+        self._unfinished[rank, stream] = rest
+        return b"".join(self._line(rank, stream, line + b"\n") for line in whole)
+
+    def _line(self, rank: int, stream: int, line: bytes) -> bytes:
+        if stream == STDERR:
+            self._tails[rank].append(line)
+        return b"[rank %d] %s" % (rank, line) if self.marked or rank else line
+
+    def _write(self) -> None:
+        while True:
+            stream, data, written = self._queue.get()
+            with suppress(OSError, ValueError):  # nobody reads it any more: the ranks go on without
+                self.streams[stream].write(data)
+                self.streams[stream].flush()
+            written()

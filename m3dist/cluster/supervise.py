@@ -1,0 +1,419 @@
+"""Runs a job on the hosts of a hostfile: starts an agent on each, the ranks through them, and ends all. No MLX.
+
+Everything that happens (a message from an agent, a channel that closed, a signal) is an event on one queue, and the
+main thread sleeps on it. What became of the job, judge.py decides.
+"""
+
+import os
+import secrets
+import signal
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from queue import Empty, SimpleQueue
+from types import FrameType
+from typing import Protocol
+
+from m3dist.cluster import backends
+from m3dist.cluster.agent import END_GRACE, about
+from m3dist.cluster.causes import recognise
+from m3dist.cluster.channel import ChannelClosed, Message
+from m3dist.cluster.environment import LaunchError
+from m3dist.cluster.hostfile import Host, Hostfile
+from m3dist.cluster.judge import Evidence, Exit, Loss, Stall, Verdict, judge, not_started, signal_name
+from m3dist.cluster.mpi import MpiAgent, Mpirun
+from m3dist.cluster.output import Output
+from m3dist.cluster.ssh import Remote
+from m3dist.watchdog import EXIT_NOT_STARTED, EXIT_UNREACHABLE
+
+AGENT = "m3dist.cluster.agent"
+PING = 2.0  # seconds between pings
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+MUST_BE_EQUAL = ("m3dist version", "m3dist build", "mlx version")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to run. A None in `command` is each host's own Python; `env` reaches every rank, over its agent's channel.
+
+    `marked`: every line of output carries its rank; else rank 0's standard output is ours as it is.
+    `ours`: which of our standard streams rank 0 gets as they are, where it runs on this machine.
+    `reports`: every rank must call lifeline.watch within `start_limit` seconds; else those that do are watched.
+    """
+
+    hostfile: Hostfile
+    command: Sequence[str | None]
+    env: Mapping[str, str] = field(default_factory=dict)
+    marked: bool = False
+    ours: Collection[str] = ()
+    reports: bool = True
+    start_limit: float = 60.0  # seconds
+    silence_limit: float = 10.0  # seconds without a word from a host after which it counts as lost
+
+    @property
+    def backend(self) -> str:
+        return self.hostfile.backend or "ring"
+
+    @property
+    def hosts(self) -> list[Host]:
+        """What has an agent each: the hosts, but under MPI, where each rank has one, a host for each of its ranks."""
+        if self.backend != "mpi":
+            return list(self.hostfile.hosts)
+        return [replace(host, ranks=1) for host in self.hostfile.hosts for _ in range(host.ranks)]
+
+    @property
+    def host_of(self) -> list[int]:
+        """Of each rank, its index in `hosts`."""
+        return [number for number, host in enumerate(self.hosts) for _ in range(host.ranks)]
+
+
+class Agent(Protocol):
+    """An agent as the supervisor sees it: ssh.Remote's, or one that mpirun started."""
+
+    errors: deque[str]
+
+    def greet(self, timeout: float, **words: float) -> Message: ...
+    def send(self, message: Message) -> None: ...
+    def receive(self, timeout: float | None = None) -> Message | None: ...
+    def how_it_ended(self) -> str: ...
+    def said(self) -> str: ...
+    def close(self, grace: float = 0.0) -> None: ...
+
+
+def run_job(job: Job, output: Output | None = None) -> int:
+    """Run `job` to its end; returns 0, or the status of what went wrong (README: "When something goes wrong").
+
+    A rank killed by signal S counts as 128 + S; so does a signal to this process. Whatever happens, no process of the
+    job is left on any host that can be reached, and those that cannot be end themselves.
+    """
+    with ExitStack() as stack:
+        output = output or Output(job.marked)
+        supervisor = _Supervisor(job, output)
+        stack.enter_context(_signals_to(supervisor.events.put))
+        stack.callback(supervisor.close)
+        verdict = supervisor.run()
+        supervisor.end()
+        output.drain()
+        supervisor.say(verdict)
+    return verdict.status
+
+
+def run_again(job: Job, restarts: int) -> int:
+    """As run_job, and again after a failure, `restarts` times at most, each time after a longer pause."""
+    for attempt in range(restarts + 1):
+        status = run_job(job)
+        final = status in (0, 2) or status - 128 in SIGNALS
+        if final or attempt == restarts:
+            return status
+        pause = min(60.0, 2.0**attempt)
+        print(f"m3dist: starting again in {pause:g} s ({attempt + 1} of {restarts})", file=sys.stderr, flush=True)
+        try:
+            time.sleep(pause)
+        except KeyboardInterrupt:
+            return 128 + signal.SIGINT
+    raise AssertionError
+
+
+@dataclass(frozen=True)
+class Told:
+    """A message of a host's agent."""
+
+    host: int
+    message: Message
+
+
+@dataclass(frozen=True)
+class Gone:
+    """A host's agent could not be started, or its channel closed."""
+
+    host: int
+    why: str
+
+
+@dataclass(frozen=True)
+class Interrupted:
+    signal: int
+
+
+class _Over(Exception):
+    """The job is over."""
+
+    def __init__(self, verdict: Verdict):
+        self.verdict = verdict
+
+
+class _Supervisor:
+    def __init__(self, job: Job, output: Output):
+        self.job, self.output = job, output
+        self.hosts = job.hosts
+        self.mpirun: Mpirun | None = None
+        self.events: SimpleQueue[Told | Gone | Interrupted] = SimpleQueue()
+        self.seen = Evidence(job.host_of, [host.ssh for host in self.hosts])
+        self.heard: dict[int, float] = {}
+        self.seen.heard = self.heard
+        self.agents: dict[int, Agent] = {}
+        self.ended: set[int] = set()
+        self.up: set[int] = set()
+        self.begun = False  # ranks have been asked for
+        self.memory: dict[int, int] = {}
+        self._next_ping = time.monotonic()
+        self._input: SimpleQueue[None] = SimpleQueue()
+
+    def run(self) -> Verdict:
+        try:
+            self._greet()
+            orders = self._orders()
+            self._start(orders)
+            return self._watch()
+        except _Over as over:
+            return over.verdict
+        except LaunchError as error:
+            return Verdict(EXIT_NOT_STARTED, str(error))
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # The start
+
+    def _greet(self) -> None:
+        """Start every agent, all at once; see that all are of our build."""
+        if self.job.backend == "mpi":
+            self.mpirun = Mpirun(self.hosts, AGENT)
+        for number in range(len(self.hosts)):
+            self._thread(self._follow, number)
+        ours = about()
+        for number, answer in self._ask("hello").items():
+            self.memory[number] = answer["memory"]
+            host = self.hosts[number]
+            for name in () if host.local and not host.python else MUST_BE_EQUAL:
+                if answer[name] != ours[name]:
+                    remedy = "install the same on both" if answer[name] else "install it there"
+                    where = f"on host {host.ssh}, but {ours[name]} here"
+                    reason = f"{name} is {answer[name]} {where}: {remedy}"
+                    raise _Over(Verdict(EXIT_NOT_STARTED, reason, host=number))
+
+    def _orders(self) -> dict[int, list[Message]]:
+        """Each host's ranks: what to run, with the ports that the hosts find free."""
+        wanted = backends.addresses(self.job.backend, self.hosts)
+        for number, ips in wanted.items():
+            self._send(number, {"ports": ips})
+        ports = {number: answer["ports"] for number, answer in self._ask("ports", wanted).items()}
+        shared = backends.shared_variables(len(self.job.host_of), secrets.token_hex(8))
+        own = backends.variables(self.job.backend, self.hosts, ports)
+        orders: dict[int, list[Message]] = {number: [] for number in range(len(self.hosts))}
+        for rank, number in enumerate(self.job.host_of):
+            host, (env, files) = self.hosts[number], own[rank]
+            ours = [name for name in self.job.ours if rank == 0 and host.local and not self.mpirun]
+            order = {
+                "rank": rank,
+                "command": list(self.job.command),
+                "env": {**shared, **self.job.env, **self.job.hostfile.env, **host.env, **env},
+                "files": files,
+                "cwd": host.cwd,
+                "launched_in": os.getcwd(),
+                "ours": ours,
+                "input": rank == 0 and "stdin" not in ours,
+            }
+            orders[number].append(order)
+        return orders
+
+    def _start(self, orders: Mapping[int, list[Message]]) -> None:
+        self.begun = True
+        for number, order in orders.items():
+            self._send(number, {"start": order})
+        if any(order["input"] for order in orders[0]):
+            self._thread(self._pass_input)
+
+    def _ask(self, word: str, hosts: Collection[int] | None = None) -> dict[int, Message]:
+        """Every host's answer called `word`; the job is over where one does not come in time."""
+        limit = time.monotonic() + self.job.start_limit
+        answers: dict[int, Message] = {}
+        missing = set(range(len(self.hosts)) if hosts is None else hosts)
+        while missing:
+            event = self._next(limit)
+            if isinstance(event, Told) and word in event.message:
+                answers[event.host] = event.message
+                missing.discard(event.host)
+            elif time.monotonic() >= limit:
+                late = ", ".join(self.hosts[number].ssh for number in sorted(missing))
+                reason = f"host {late} did not answer within {self.job.start_limit:g} s"
+                raise _Over(Verdict(EXIT_UNREACHABLE, reason, host=min(missing)))
+        return answers
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # While it runs
+
+    def _watch(self) -> Verdict:
+        start_limit = time.monotonic() + self.job.start_limit
+        while True:
+            now = time.monotonic()
+            found = judge(self.seen, now)
+            if isinstance(found, Verdict):
+                return found
+            silent = self.seen.running - self.up if self.job.reports or self.up else set()
+            if silent and now >= start_limit:
+                return not_started(self.seen, silent, self.job.start_limit)
+            self._next(min(found, start_limit) if silent else found)
+
+    def _next(self, until: float) -> Told | Gone | Interrupted | None:
+        """The next event, noted; None if there is none until then. Raises _Over where it ends the job."""
+        event = self._wait(until)
+        if isinstance(event, Interrupted):
+            raise _Over(Verdict(128 + event.signal, f"{signal_name(event.signal)} received"))
+        if isinstance(event, Gone):
+            self.ended.add(event.host)
+            if not self.begun:
+                raise _Over(Verdict(EXIT_UNREACHABLE, event.why, host=event.host))
+            self.seen.losses.append(Loss(event.host, event.why, time.monotonic()))
+        if isinstance(event, Told):
+            self._note(event.host, event.message)
+        return event
+
+    def _wait(self, until: float) -> Told | Gone | Interrupted | None:
+        """The next event of all, while hosts are pinged and those that do not answer are given up."""
+        while True:
+            now = time.monotonic()
+            if now >= self._next_ping:
+                self._next_ping = now + PING
+                for number in self.agents.keys() - self.ended:
+                    self._send(number, {"ping": 0})
+                    if now - self.heard.get(number, now) > self.job.silence_limit:
+                        return Gone(number, f"no word from it for {self.job.silence_limit:g} s")
+            limit = min(until, self._next_ping)
+            with suppress(Empty):
+                return self.events.get(timeout=max(0.0, limit - time.monotonic()))
+            if limit == until:
+                return None
+
+    def _note(self, number: int, message: Message) -> None:
+        now = self.heard[number] = time.monotonic()
+        if "output" in message:
+            self.output.add(message, lambda count: self._send(number, {"shown": count}))
+        elif "taken" in message:
+            self._input.put(None)
+        elif "up" in message:
+            self.up.add(message["up"])
+        elif "stalled" in message:
+            words = (message["phase"], message["seconds"], message["state"])
+            self.seen.stalls.append(Stall(message["stalled"], *words, at=now))
+        elif "exit" in message:
+            rank, code = message["exit"], message["code"]
+            lost_peer = b"connection to a peer was lost" in self.output.tail(rank)
+            seen = (message["phase"], message["peak"], lost_peer, message["ordered"])
+            self.seen.exits.append(Exit(rank, code, now, *seen))
+        elif "failed" in message:
+            rank = message["rank"]
+            what = f"host {self.hosts[number].ssh}" if rank is None else f"cannot start {self.seen.who(rank)}"
+            raise _Over(Verdict(EXIT_NOT_STARTED, f"{what}: {message['failed']}", host=number))
+        elif "ended" in message:
+            self.ended.add(number)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # The end
+
+    def end(self) -> None:
+        """Have every agent end its ranks: gently, but at once at a second signal to us; and wait for them."""
+        self._tell_all({"end": "gently"})
+        limit = time.monotonic() + 2 * END_GRACE
+        while self.agents.keys() - self.ended and time.monotonic() < limit:
+            event = self._wait(limit)
+            if isinstance(event, Interrupted):
+                self._tell_all({"end": "now"})
+            elif isinstance(event, Gone):
+                self.ended.add(event.host)
+            elif isinstance(event, Told):
+                with suppress(_Over):
+                    self._note(event.host, event.message)
+
+    def close(self) -> None:
+        """End what is left of the agents: without their channels they end by themselves."""
+        for number, agent in self.agents.items():
+            agent.close(1.0 if number in self.ended else 0.0)
+        if self.mpirun:
+            self.mpirun.close()
+
+    def say(self, verdict: Verdict) -> None:
+        """Tell the person at the terminal why the job ended, if not well."""
+        if verdict.status == 0:
+            return
+        others = "; all ranks were ended" if len(self.job.host_of) > 1 and self.begun else ""
+        lines = [verdict.reason + others]
+        tail, peak, memory = b"", None, None
+        if verdict.rank is not None:
+            tail = self.output.tail(verdict.rank)
+            peak = next((exit.peak for exit in self.seen.exits if exit.rank == verdict.rank), None)
+            memory = self.memory.get(self.job.host_of[verdict.rank])
+            if tail:
+                lines.append(f"the last lines of {self.seen.who(verdict.rank)}:")
+        self.output.say("".join(f"m3dist: {line}\n" for line in lines))
+        self.output.show_again(tail)
+        text = tail.decode(errors="replace") + verdict.reason
+        if verdict.host in self.agents:
+            text += "\n" + "\n".join(self.agents[verdict.host].errors)
+        cause = recognise(text, verdict.status, peak_bytes=peak, memory_bytes=memory)
+        if cause:
+            self.output.say(f"m3dist: {cause.what}\nm3dist: what to do: {cause.remedy}\n")
+
+    def _tell_all(self, message: Message) -> None:
+        for number in self.agents.keys() - self.ended:
+            self._send(number, message)
+
+    def _send(self, number: int, message: Message) -> None:
+        with suppress(ChannelClosed, KeyError):  # _follow sees it too
+            self.agents[number].send(message)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Threads
+
+    def _thread(self, target: Callable[..., None], *args: object) -> None:
+        threading.Thread(target=target, args=args, daemon=True).start()
+
+    def _follow(self, number: int) -> None:
+        """Start a host's agent, and pass on what it tells until its channel closes."""
+        try:
+            agent = MpiAgent(self.mpirun, number) if self.mpirun else Remote(self.hosts[number], AGENT)
+            self.agents[number] = agent
+            self.events.put(Told(number, agent.greet(self.job.start_limit, silence=self.job.silence_limit)))
+        except LaunchError as error:
+            self.events.put(Gone(number, str(error)))
+            return
+        try:
+            while (message := agent.receive()) is not None:
+                self.events.put(Told(number, message))
+        except ChannelClosed:
+            self.events.put(Gone(number, agent.how_it_ended() + agent.said()))
+
+    def _pass_input(self) -> None:
+        """Our standard input to rank 0, to its end; the next piece only when the last was taken."""
+        while True:
+            try:
+                data = os.read(0, 65536)
+            except OSError:
+                data = b""
+            self._send(0, {"input": data.decode("latin-1") or None})
+            if not data:
+                return
+            self._input.get()
+
+
+@contextmanager
+def _signals_to(put: Callable[[Interrupted], None]) -> Iterator[None]:
+    """Inside, SIGNALS become events. Those our parent had us ignore (nohup) stay ignored."""
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        put(Interrupted(number))
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may set handlers
+        return
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    handled = [number for number in SIGNALS if before[number] is not signal.SIG_IGN]
+    for number in handled:
+        signal.signal(number, handle)
+    try:
+        yield
+    finally:
+        for number in handled:
+            signal.signal(number, before[number] or signal.SIG_DFL)
