@@ -1,6 +1,8 @@
 """The recipes in launch/ as a person runs them, each with its real launcher, on the tiny model."""
 
 import os
+import plistlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,17 +10,20 @@ from pathlib import Path
 import pytest
 
 from m3dist import tiny
+from m3dist.cluster.hostfile import read_hostfile
 
 ROOT = Path(__file__).parents[2]
+LAUNCH = ROOT / "launch"
+BIN = Path(sys.executable).parent
+UNBOUND = {"OMPI_MCA_rmaps_base_oversubscribe": "1", "OMPI_MCA_mpi_yield_when_idle": "1"}
+ROOT_MAY = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
 
 
-def run(recipe: str, **env: str) -> subprocess.CompletedProcess:
-    """float32, because MLX on a CPU has no mixture of experts in bfloat16."""
-    bin = str(Path(sys.executable).parent)
+def run(*command: str | Path, **env: str) -> subprocess.CompletedProcess:
     env = {name: value for name, value in os.environ.items() if not name.startswith(("MLX_", "M3DIST_"))} | env
     return subprocess.run(
-        [str(ROOT / "launch" / recipe), "--dtype", "float32"],
-        env=env | {"PATH": bin + os.pathsep + env["PATH"], "PYTHON": sys.executable},
+        command,
+        env=env | {"PATH": f"{BIN}{os.pathsep}{env['PATH']}", "PYTHON": sys.executable},
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -26,22 +31,99 @@ def run(recipe: str, **env: str) -> subprocess.CompletedProcess:
     )
 
 
+def run_recipe(recipe: str, **env: str) -> subprocess.CompletedProcess:
+    """float32, because MLX on a CPU has no mixture of experts in bfloat16."""
+    return run(LAUNCH / recipe, "--dtype", "float32", **env)
+
+
+def test_there_is_a_recipe_for_each_launcher():
+    recipes = {path.name for path in LAUNCH.iterdir()}
+    assert recipes == {"dist.m3dist.serve.plist", "local.sh", "m3dist-launch.sh", "mlx-launch.sh", "mpirun.sh"}
+
+
+@pytest.mark.parametrize("recipe", sorted(LAUNCH.glob("*.sh")), ids=lambda path: path.name)
+def test_any_shell_can_read_it(recipe):
+    assert recipe.read_text().startswith("#!/bin/sh\n")
+    assert os.access(recipe, os.X_OK)
+    assert run("sh", "-n", recipe).returncode == 0
+
+
 def test_local():
-    done = run("local.sh")
+    done = run_recipe("local.sh")
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith(f"{tiny.DEMO_ANSWER}\n")
 
 
+def test_m3dist_launch():
+    done = run_recipe("m3dist-launch.sh")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith(f"[rank 0] {tiny.DEMO_ANSWER}\n")
+
+
+def test_m3dist_launch_with_a_wrong_hostfile():
+    done = run_recipe("m3dist-launch.sh", HOSTFILE="launch/local.sh")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "launch/local.sh line 3: " in done.stderr  # the first that is no comment
+
+
 def test_mlx_launch():
-    done = run("mlx-launch.sh")  # exits with 0 whatever happens
+    done = run_recipe("mlx-launch.sh")  # exits with 0 whatever happens
     assert tiny.DEMO_ANSWER in done.stdout, done.stderr
     assert done.stdout.count(tiny.DEMO_ANSWER) == 1
 
 
 @pytest.mark.mpi
 def test_mpirun():
-    unbound = {"OMPI_MCA_rmaps_base_oversubscribe": "1", "OMPI_MCA_mpi_yield_when_idle": "1"}
-    root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-    done = run("mpirun.sh", **unbound, **root)
+    done = run_recipe("mpirun.sh", **UNBOUND, **ROOT_MAY)
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith(f"{tiny.DEMO_ANSWER}\n")
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize(
+    "hosts", ["localhost slots=2", "# one\nlocalhost slots = 3 max-slots=4 # b", "localhost\n" * 3]
+)
+def test_mpirun_reads_hostfiles_as_we_do(tmp_path, hosts):
+    """It starts one process a slot."""
+    path = tmp_path / "hosts"
+    path.write_text(f"{hosts}\n")
+    done = run("mpirun", "--hostfile", path, "--bind-to", "none", "echo", "here", **ROOT_MAY)
+    assert done.stdout.split() == ["here"] * read_hostfile(str(path)).world, done.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# launchd's
+
+
+@pytest.fixture
+def agent() -> dict:
+    return plistlib.loads((LAUNCH / "dist.m3dist.serve.plist").read_bytes(), fmt=plistlib.FMT_XML)
+
+
+def test_the_agent_is_called_as_its_file(agent):
+    """launchctl finds it by its label."""
+    assert agent["Label"] == "dist.m3dist.serve"
+    comment = (LAUNCH / "dist.m3dist.serve.plist").read_text().partition("-->")[0]
+    assert set(re.findall(r"gui/\$UID/(\S+)", comment)) == {"dist.m3dist.serve"}
+
+
+def test_the_agent_has_absolute_paths_only(agent):
+    """launchd knows neither ~ nor a login shell's PATH."""
+    command = agent["ProgramArguments"]
+    paths = [command[0], command[command.index("--hostfile") + 1], agent["WorkingDirectory"]]
+    paths += [agent["StandardOutPath"], agent["StandardErrorPath"]]
+    assert all(path.startswith("/Users/me/") for path in paths)
+    assert (ROOT / Path(paths[1]).relative_to("/Users/me/m3dist")).is_file()
+
+
+def test_the_agent_starts_with_the_login_and_again_after_a_failure(agent):
+    assert agent["RunAtLoad"] is True
+    assert agent["KeepAlive"] == {"SuccessfulExit": False}
+
+
+def test_what_the_agent_runs(agent):
+    """Its own command, with this checkout in the place of /Users/me/m3dist."""
+    command = [word.replace("/Users/me/m3dist/.venv/bin", str(BIN)) for word in agent["ProgramArguments"]]
+    done = run(*(word.replace("/Users/me/m3dist", str(ROOT)) for word in command), "--dtype", "float32")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith(f"[rank 0] {tiny.DEMO_ANSWER}\n")
