@@ -42,6 +42,7 @@ START = (
     'exec "$python" -m %s\''
 )
 HOSTS = "M3DIST_SSH_HOSTS"  # JSON for `main`: name -> user and port
+SSH_FAILED = 255  # ssh's status where it, not the command, failed
 TAIL = 20  # lines of what a host says on standard error that are kept
 DESCRIPTOR = "M3DIST_CHANNEL"  # names the channel's descriptor to a module started on this machine
 
@@ -51,6 +52,10 @@ def ssh_command(host: Host, command: str) -> list[str]:
     options = [word for name, value in OPTIONS.items() for word in ("-o", f"{name}={value}")]
     where = [*(["-l", host.user] if host.user else []), *(["-p", str(host.port)] if host.port else [])]
     return ["ssh", "-T", *options, *where, "--", host.ssh, command]
+
+
+class Unreachable(LaunchError):
+    """A host to which ssh finds no way, or that does not answer."""
 
 
 class Remote:
@@ -103,7 +108,7 @@ class Remote:
     def greet(self, timeout: float, **words: float) -> Message:
         """What the module says of itself. What a login shell prints before is passed over.
 
-        Raises LaunchError with what the host said instead, or that it said nothing within `timeout` seconds.
+        Raises LaunchError with what the host said instead, Unreachable if it said nothing within `timeout` seconds.
         """
         word, end = secrets.token_hex(16), time.monotonic() + timeout
         try:
@@ -111,11 +116,13 @@ class Remote:
             while True:
                 line = self.channel.receive_line(max(0.0, end - time.monotonic()))
                 if line is None:
-                    raise LaunchError(f"host {self.host.ssh}: no answer within {timeout:g} s{self.said()}")
+                    raise Unreachable(f"host {self.host.ssh}: no answer within {timeout:g} s{self.said()}")
                 if word.encode() in line:
                     return parse(line[line.index(b"{") :])  # a login shell may have left a line unfinished
         except ChannelClosed:
-            raise LaunchError(f"host {self.host.ssh}: {self.how_it_ended()}{self.said()}") from None
+            reason = f"host {self.host.ssh}: {self.how_it_ended()}{self.said()}"
+            failed = self.process.poll() == SSH_FAILED and not self.host.local
+            raise (Unreachable if failed else LaunchError)(reason) from None
 
     def send(self, message: Message) -> None:
         """Raises ChannelClosed."""

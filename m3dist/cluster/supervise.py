@@ -27,7 +27,7 @@ from m3dist.cluster.hostfile import Host, Hostfile
 from m3dist.cluster.judge import Evidence, Exit, Loss, Stall, Verdict, judge, not_started, signal_name
 from m3dist.cluster.mpi import MpiAgent, Mpirun
 from m3dist.cluster.output import Output
-from m3dist.cluster.ssh import Remote
+from m3dist.cluster.ssh import Remote, Unreachable
 from m3dist.watchdog import EXIT_NOT_STARTED, EXIT_UNREACHABLE
 
 AGENT = "m3dist.cluster.agent"
@@ -128,10 +128,11 @@ class Told:
 
 @dataclass(frozen=True)
 class Gone:
-    """A host's agent could not be started, or its channel closed."""
+    """A host's agent could not be started, or its channel closed, for which `status` stands."""
 
     host: int
     why: str
+    status: int = EXIT_UNREACHABLE
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,7 @@ class _Supervisor:
         self.mpirun: Mpirun | None = None
         self.events: SimpleQueue[Told | Gone | Interrupted] = SimpleQueue()
         self.seen = Evidence(job.host_of, [host.ssh for host in self.hosts])
-        self.heard: dict[int, float] = {}
+        self.heard: dict[int, float] = {}  # host -> when it last said something; only those that have
         self.seen.heard = self.heard
         self.agents: dict[int, Agent] = {}
         self.ended: set[int] = set()
@@ -265,7 +266,7 @@ class _Supervisor:
         if isinstance(event, Gone):
             self.ended.add(event.host)
             if not self.begun:
-                raise _Over(Verdict(EXIT_UNREACHABLE, event.why, host=event.host))
+                raise _Over(Verdict(event.status, event.why, host=event.host))
             self.seen.losses.append(Loss(event.host, event.why, time.monotonic()))
         if isinstance(event, Told):
             self._note(event.host, event.message)
@@ -277,9 +278,9 @@ class _Supervisor:
             now = time.monotonic()
             if now >= self._next_ping:
                 self._next_ping = now + PING
-                for number in self.agents.keys() - self.ended:
+                for number in self.heard.keys() - self.ended:
                     self._send(number, {"ping": 0})
-                    if now - self.heard.get(number, now) > self.job.silence_limit:
+                    if now - self.heard[number] > self.job.silence_limit:
                         return Gone(number, f"no word from it for {self.job.silence_limit:g} s")
             limit = min(until, self._next_ping)
             with suppress(Empty):
@@ -317,7 +318,7 @@ class _Supervisor:
         """Have every agent end its ranks: gently, but at once at a second signal to us; and wait for them."""
         self._tell_all({"end": "gently"})
         limit = time.monotonic() + 2 * END_GRACE
-        while self.agents.keys() - self.ended and time.monotonic() < limit:
+        while self.heard.keys() - self.ended and time.monotonic() < limit:
             event = self._wait(limit)
             if isinstance(event, Interrupted):
                 self._tell_all({"end": "now"})
@@ -329,7 +330,7 @@ class _Supervisor:
 
     def close(self) -> None:
         """End what is left of the agents: without their channels they end by themselves."""
-        for number, agent in self.agents.items():
+        for number, agent in list(self.agents.items()):  # one may still be starting
             agent.close(1.0 if number in self.ended else 0.0)
         if self.mpirun:
             self.mpirun.close()
@@ -340,24 +341,27 @@ class _Supervisor:
             return
         others = "; all ranks were ended" if len(self.job.host_of) > 1 and self.begun else ""
         lines = [verdict.reason + others]
+        errors = list(self.agents[verdict.host].errors) if verdict.host in self.agents else []
         tail, peak, memory = b"", None, None
         if verdict.rank is not None:
             tail = self.output.tail(verdict.rank)
             peak = next((exit.peak for exit in self.seen.exits if exit.rank == verdict.rank), None)
-            memory = self.memory.get(self.job.host_of[verdict.rank])
+            host = self.job.host_of[verdict.rank]
+            memory = self.memory[host] // self.hosts[host].ranks if host in self.memory else None
             if tail:
                 lines.append(f"the last lines of {self.seen.who(verdict.rank)}:")
+        elif len(errors) > 1:  # a single one is in the reason
+            lines.append("its last lines:")
+            tail = "".join(f"{line}\n" for line in errors).encode()
         self.output.say("".join(f"m3dist: {line}\n" for line in lines))
         self.output.show_again(tail)
-        text = tail.decode(errors="replace") + verdict.reason
-        if verdict.host in self.agents:
-            text += "\n" + "\n".join(self.agents[verdict.host].errors)
+        text = "\n".join([verdict.reason, *errors, tail.decode(errors="replace")])
         cause = recognise(text, verdict.status, peak_bytes=peak, memory_bytes=memory)
         if cause:
             self.output.say(f"m3dist: {cause.what}\nm3dist: what to do: {cause.remedy}\n")
 
     def _tell_all(self, message: Message) -> None:
-        for number in self.agents.keys() - self.ended:
+        for number in self.heard.keys() - self.ended:
             self._send(number, message)
 
     def _send(self, number: int, message: Message) -> None:
@@ -377,7 +381,8 @@ class _Supervisor:
             self.agents[number] = agent
             self.events.put(Told(number, agent.greet(self.job.start_limit, silence=self.job.silence_limit)))
         except LaunchError as error:
-            self.events.put(Gone(number, str(error)))
+            status = EXIT_UNREACHABLE if isinstance(error, Unreachable) else EXIT_NOT_STARTED
+            self.events.put(Gone(number, str(error), status))
             return
         try:
             while (message := agent.receive()) is not None:
@@ -408,6 +413,8 @@ def _signals_to(put: Callable[[Interrupted], None]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread may set handlers
         return
+    # In the background of a terminal, reading it must fail, not stop us: the agents would take us for dead.
+    signal.signal(signal.SIGTTIN, signal.SIG_IGN)
     before = {number: signal.getsignal(number) for number in SIGNALS}
     handled = [number for number in SIGNALS if before[number] is not signal.SIG_IGN]
     for number in handled:
