@@ -63,7 +63,7 @@ def memory_bandwidth(size: int, comm: Comm) -> float:
     return max(reading, copying)
 
 
-def sum_latency(hidden: int, dtype: mx.Dtype, comm: Comm) -> float | None:
+def sum_latency(hidden: int, dtype: mx.Dtype, comm: Comm, repeats: int = 7) -> float | None:
     """Seconds of one sum of [1, 1, hidden]: a chain of dependent sums, less the same chain without them."""
     if comm.world == 1:
         return None
@@ -74,7 +74,8 @@ def sum_latency(hidden: int, dtype: mx.Dtype, comm: Comm) -> float | None:
             x = (comm.all_sum(x) if sums else x) * (1 / comm.world)
         return x
 
-    return (median(timed(lambda: chain(True), comm)) - median(timed(lambda: chain(False), comm))) / SUMS
+    with_sums = median(timed(lambda: chain(True), comm, repeats))
+    return (with_sums - median(timed(lambda: chain(False), comm, repeats))) / SUMS
 
 
 def sum_bandwidth(size: int, dtype: mx.Dtype, comm: Comm) -> float | None:
