@@ -21,7 +21,7 @@ from m3dist.cluster.hostfile_values import HostfileError, Value, compose, quoted
 from m3dist.options import MAX_RANKS
 
 BACKENDS = ("ring", "jaccl", "jaccl-ring", "mpi", "nccl")
-LARGEST_FILE = 1 << 20  # bytes
+LARGEST_FILE = 1 << 16  # bytes; parsing it takes a second at most
 LARGEST_MEMORY = 1e6  # GB
 
 # What the launchers tell a rank: set by a hostfile, it would only be wrong.
