@@ -18,7 +18,15 @@ from typing import Any, NoReturn
 from m3dist import __version__
 from m3dist.cluster import environment
 from m3dist.cluster.environment import Launch
-from m3dist.cluster.hostfile import BACKENDS, USER_VARIABLES, Hostfile, local_hostfile, read_hostfile
+from m3dist.cluster.hostfile import (
+    BACKENDS,
+    DESTINATION,
+    USER_VARIABLES,
+    Host,
+    Hostfile,
+    local_hostfile,
+    read_hostfile,
+)
 from m3dist.errors import CommunicationError, M3Error
 from m3dist.machines import LINKS, MACS
 from m3dist.options import (
@@ -257,6 +265,25 @@ def plan(parser: argparse.ArgumentParser, args: argparse.Namespace, argv: list[s
     return plan_main(args)
 
 
+def doctor(parser: argparse.ArgumentParser, args: argparse.Namespace, argv: list[str]) -> int:
+    """Ask the hosts that --hostfile or -n name; no rank is started."""
+    hostfile = hosts_of(parser, args)
+    if args.weights and len(args.weights) != hostfile.world:
+        parser.error(f"argument --weights: needs one number for each of the {hostfile.world} ranks")
+    from m3dist.cluster.doctor import main as doctor_main
+
+    return doctor_main(args, hostfile)
+
+
+def hostfile(parser: argparse.ArgumentParser, args: argparse.Namespace, argv: list[str]) -> int:
+    """Write a hostfile for --hosts, or check one."""
+    if args.check and (args.output or args.backend):
+        parser.error("argument --check: not allowed with -o or --backend, which are for --hosts")
+    from m3dist.cluster.hostfile_writer import main as hostfile_main
+
+    return hostfile_main(args)
+
+
 def check_predict(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Whether a prediction's flags agree with each other; else ends the program."""
     if args.machines:
@@ -296,6 +323,8 @@ def build_parser() -> Parser:
     add_generate(verbs.add_parser("generate", help="answer one prompt"))
     add_plan(verbs.add_parser("plan", help="what each machine would hold and read"))
     add_launch(verbs.add_parser("launch", help="run a command as ranks, on this machine or those of a hostfile"))
+    add_doctor(verbs.add_parser("doctor", help="ask every host what would keep a job from running, and what to do"))
+    add_hostfile(verbs.add_parser("hostfile", help="write a hostfile from what the hosts have, or check one"))
     add_bench(verbs.add_parser("bench", help="measure speed and memory here, and compare with mlx-lm"))
     return parser
 
@@ -384,6 +413,36 @@ def add_launch(parser: argparse.ArgumentParser) -> None:
         help="set for every rank; without a value, to ours; repeatable")
     parser.add_argument("command", metavar="COMMAND", nargs=argparse.REMAINDER,
         help="`python` and `m3dist` are each host's own (the hostfile's `python`)")
+
+
+def add_doctor(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Ask every host of a hostfile, in parallel and within 30 s, and try the links between them. Starts no rank. "
+        "Exit status: 0 if a launch would work, 1 if not, 2 for wrong input."
+    )
+    parser.set_defaults(call=partial(doctor, parser))
+    add_ranks(parser)
+    add(parser, "--model", metavar="DIR|HUB_ID|tiny", type=nonempty,
+        help="compare memory and disk with what this model needs; see m3dist plan")
+    add(parser, "--context", metavar="N", type=whole(1), help="with --model: tokens of context to make room for")
+    add(parser, "--experts", choices=EXPERTS, default=EXPERTS[0], help="with --model: how the experts are cut")
+    add(parser, "--attention", choices=ATTENTION, default=ATTENTION[0], help="with --model: how the attention is cut")
+    add(parser, "--weights", metavar="W,W,...", type=positives, help="with --model: each rank's share of the work")
+    parser.add_argument("--json", action="store_true", help="print one JSON object, with the evidence")
+
+
+def add_hostfile(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Write a hostfile from the addresses, cables and RDMA devices that some hosts have, after trying its links; or "
+        "say what of one no longer holds. Exit status: 0 if it is written, or holds; 1 if not; 2 for wrong input."
+    )
+    parser.set_defaults(call=partial(hostfile, parser))
+    what = parser.add_mutually_exclusive_group(required=True)
+    add(what, "--hosts", metavar="HOST,HOST,...", type=host_names,
+        help="names that ssh knows, such as mac1.local or me@mac1.local; 127.0.0.1 is this machine")
+    add(what, "--check", metavar="FILE", type=nonempty, help="a hostfile")
+    add(parser, "--backend", choices=BACKENDS[:-1], help="default: the fastest of jaccl, jaccl-ring and ring")
+    add(parser, "-o", "--output", metavar="FILE", type=nonempty, help="where to write; default: standard output")
 
 
 def add_bench(parser: argparse.ArgumentParser) -> None:
@@ -566,6 +625,19 @@ def machine_memories(text: str) -> tuple[float, ...]:
     if len(memories) > MAX_RANKS:
         raise argparse.ArgumentTypeError(f"must be at most {MAX_RANKS} machines, not {len(memories)}")
     return memories
+
+
+def host_names(text: str) -> tuple[Host, ...]:
+    """Comma-separated names for ssh."""
+    found = []
+    for name in text.split(","):
+        if not DESTINATION.fullmatch(name) or not name.isprintable():
+            raise argparse.ArgumentTypeError(f"must be names that ssh knows, such as mac1.local, not {name!r}")
+        user, _, ssh = name.rpartition("@")
+        found.append(Host(ssh, user=user or None))
+    if len(found) > MAX_RANKS:
+        raise argparse.ArgumentTypeError(f"must be at most {MAX_RANKS} hosts, not {len(found)}")
+    return tuple(found)
 
 
 def unicode(text: str) -> str:

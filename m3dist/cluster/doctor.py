@@ -1,0 +1,167 @@
+"""`m3dist doctor`: asks every host, tries the links, and says what would keep a job from running. No MLX."""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from m3dist.cluster.examination import Examination, Finding, gib
+from m3dist.cluster.findings import find, works
+from m3dist.cluster.hostfile import Hostfile
+from m3dist.cluster.report import HostReport
+from m3dist.cluster.survey import Measured, Survey
+from m3dist.cluster.topology import needed_links
+from m3dist.errors import M3Error
+from m3dist.plan import Plan, plan_world
+from m3dist.plan_report import inventory_of
+
+SECONDS = 30.0  # for everything, whatever the hosts do
+WIDTH = 120  # columns where there is no terminal
+COLOURS = {"error": "bold red", "warning": "yellow", "note": "cyan", "ok": "green"}
+
+
+def main(args: argparse.Namespace, hostfile: Hostfile) -> int:
+    """Print what was found; 0 if a launch would work, 1 if not."""
+    began = time.monotonic()
+    plan, findings = _plan(args, hostfile)
+    seen = examine(hostfile, args.model, plan, args.context or 0)
+    findings += find(seen)
+    seconds = time.monotonic() - began
+    if args.json:
+        print(json.dumps(as_json(seen, findings, seconds)))
+    else:
+        console = Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH)
+        for part in as_tables(seen, findings, seconds):
+            console.print(part)
+    return 0 if works(findings) else 1
+
+
+def examine(hostfile: Hostfile, model: str | None = None, plan: Plan | None = None, context: int = 0) -> Examination:
+    """Ask all hosts and measure their links, within SECONDS."""
+    backend = hostfile.backend or "ring"
+    with Survey(hostfile, SECONDS) as survey:
+        reports = survey.describe(model)
+        measured = survey.measure(needed_links(backend, hostfile.hosts, reports))
+    return Examination(hostfile, backend, reports, measured, model, plan, context)
+
+
+def _plan(args: argparse.Namespace, hostfile: Hostfile) -> tuple[Plan | None, list[Finding]]:
+    """The plan of --model over the hostfile's ranks, or what keeps it from being made."""
+    if args.model is None:
+        return None, []
+    try:
+        inventory, _ = inventory_of(args.model, None, None, None)
+    except M3Error as error:
+        what = f"memory and disk were not compared with the model: {error}"
+        return None, [Finding("plan", "all", "warning", what, "m3dist plan --model says which models are known")]
+    try:
+        return plan_world(inventory, hostfile.world, args.weights, args.experts, args.attention), []
+    except M3Error as error:
+        return None, [Finding("plan", "all", "error", str(error))]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is printed
+
+
+def as_json(seen: Examination, findings: Sequence[Finding], seconds: float) -> dict[str, Any]:
+    """Everything, the evidence too: `findings` follow from it again."""
+    return {
+        "works": works(findings),
+        "backend": seen.backend,
+        "world": seen.hostfile.world,
+        "seconds": round(seconds, 3),
+        "findings": [vars(finding) for finding in findings],
+        "links": [_link_json(seen, measured) for measured in seen.measured],
+        "hosts": [
+            {"host": name, "answers": True, "skew": report.skew, "report": report.raw}
+            if isinstance(report, HostReport)
+            else {"host": name, "answers": False, "why": report.why, "said": report.said}
+            for name, report in zip(seen.names, seen.reports)
+        ],
+    }
+
+
+def _link_json(seen: Examination, measured: Measured) -> dict[str, Any]:
+    link = measured.link
+    return {
+        "from": seen.names[link.source],
+        "to": seen.names[link.target],
+        "address": link.address,
+        "round_trip": measured.round_trip,
+        "bandwidth": measured.bandwidth,
+        "problem": measured.problem or measured.unmeasured,
+    }
+
+
+def as_tables(seen: Examination, findings: Sequence[Finding], seconds: float) -> Iterable[Table | Text]:
+    """The hosts, the links, what is not in order and what is, and the verdict."""
+    yield _hosts(seen)
+    if seen.measured:
+        yield _links(seen)
+    yield from _findings(findings)
+    errors = sum(finding.level == "error" for finding in findings)
+    verdict = f"A launch would not work: {errors} of these are errors" if errors else "A launch would work"
+    yield Text(f"{verdict}. Asked in {seconds:.1f} s.", style=COLOURS["error" if errors else "ok"])
+
+
+def _hosts(seen: Examination) -> Table:
+    table = _table("host", "ranks", "system", "chip", "memory", "python", "mlx", "m3dist")
+    for number, (name, report) in enumerate(zip(seen.names, seen.reports)):
+        ranks = seen.ranks(number)
+        which = str(ranks.start) if len(ranks) == 1 else f"{ranks.start} to {ranks[-1]}"
+        if not isinstance(report, HostReport):
+            _row(table, name, which, "does not answer", *[""] * 5)
+            continue
+        free = gib(report.available) if report.available else "?"
+        total = gib(report.memory) if report.memory else "?"
+        packages = report.raw["packages"]
+        versions = (report.raw["python"]["version"], packages["mlx"] or "missing", report.raw["build"])
+        _row(table, name, which, report.system, report.chip, f"{free} of {total}", *versions)
+    return table
+
+
+def _links(seen: Examination) -> Table:
+    table = _table("from", "to", "address", "on", "round trip", "bandwidth")
+    for measured in seen.measured:
+        link, target = measured.link, seen.reports[measured.link.target]
+        interface = target.interface_of(link.address) if isinstance(target, HostReport) else None
+        trip = f"{measured.round_trip * 1e3:.3f} ms" if measured.round_trip else measured.problem or "not measured"
+        rate = f"{measured.bandwidth / 1e9:.3g} GB/s" if measured.bandwidth else ""
+        place = f"{interface.name} ({interface.kind})" if interface else "?"
+        _row(table, seen.names[link.source], seen.names[link.target], link.address, place, trip, rate)
+    return table
+
+
+def _findings(findings: Sequence[Finding]) -> Iterable[Table | Text]:
+    """Errors first; then one line with what is in order, as each of it is expected."""
+    table = _table("", "check", "host", "what was seen, and what to do")
+    for level in ("error", "warning", "note"):
+        for finding in findings:
+            if finding.level == level:
+                text = finding.seen + (f"\n=> {finding.remedy}" if finding.remedy else "")
+                _row(table, Text(level, style=COLOURS[level]), finding.check, finding.host, text)
+    if table.row_count:
+        yield table
+    good = dict.fromkeys(finding.check for finding in findings if finding.level == "ok")
+    bad = {finding.check for finding in findings if finding.level in ("error", "warning")}
+    told = [check + (" (elsewhere)" if check in bad else "") for check in good]
+    yield Text("In order: " + ", ".join(told)) if told else Text("Nothing is in order.")
+
+
+def _table(*columns: str) -> Table:
+    table = Table(show_edge=False, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def _row(table: Table, *cells: str | Text) -> None:
+    """Cells are data: brackets in them are no markup."""
+    table.add_row(*(cell if isinstance(cell, Text) else Text(cell) for cell in cells))

@@ -1,0 +1,126 @@
+"""What `m3dist doctor` makes of its evidence: what is in order, what is not, and what to do. Pure. No MLX.
+
+findings_host.py looks at each host by itself, findings_network.py at addresses and links, findings_thunderbolt.py at
+cables and RDMA. The known troubles are those that users of mlx, exo and omlx have reported; what stands there of macOS
+was **not tried on a Mac**.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+
+from m3dist.cluster.causes import recognise
+from m3dist.cluster.examination import Examination, Finding, Look
+from m3dist.cluster.findings_host import HOST_CHECKS
+from m3dist.cluster.findings_network import address_findings, firewall, link_findings
+from m3dist.cluster.findings_thunderbolt import thunderbolt_findings
+from m3dist.cluster.report import HostReport, NoAnswer
+
+OLDEST_MLX = (0, 32, 4)  # before it, some errors of the ring never reach Python, and all ranks hang
+MUST_BE_EQUAL = ("m3dist", "mlx")  # the agents and the ranks compare them
+SHOULD_BE_EQUAL = ("mlx-metal", "mlx-cpu", "mlx-cuda-12", "mlx-cuda-13", "numpy", "safetensors", "tokenizers", "jinja2")
+SSH_FAILED = 255  # ssh's exit status
+
+
+def find(seen: Examination) -> list[Finding]:
+    """All findings, in the order in which a person would look."""
+    return list(_find(seen))
+
+
+def works(findings: Iterable[Finding]) -> bool:
+    """Whether a launch would work, as far as was seen."""
+    return all(finding.level != "error" for finding in findings)
+
+
+def _find(seen: Examination) -> Iterator[Finding]:
+    for number, name in enumerate(seen.names):
+        yield Finding("ssh", name, *reachability(seen, number))
+    yield from versions(seen)
+    for check, look_at in {**HOST_CHECKS, "firewall": firewall}.items():
+        for number, report in seen.reached():
+            for look in look_at(seen, number, report):
+                yield Finding(check, seen.names[number], *look)
+    yield from address_findings(seen)
+    yield from link_findings(seen)
+    yield from thunderbolt_findings(seen)
+    yield from alike(seen)
+
+
+def reachability(seen: Examination, number: int) -> Look:
+    """Whether a host answers, and how it can be made to."""
+    host, report = seen.hosts[number], seen.reports[number]
+    if isinstance(report, NoAnswer):
+        cause = recognise(f"{report.said}\n{report.why}", SSH_FAILED)
+        remedy = cause.remedy.replace("HOST", host.ssh) if cause else f"make `ssh {host.ssh} true` work by hand"
+        return Look("error", report.why, remedy)
+    how = "this machine" if host.local else "answers"
+    return Look("ok", f"{how}: {report.raw['user']} on {report.raw['hostname']}, {report.system}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Hosts among each other
+
+
+def versions(seen: Examination) -> Iterator[Finding]:
+    """Each host's versions against those that most hosts have."""
+    reports = [report for _, report in seen.reached()]
+    if not reports:
+        return
+    usual = {what: _most(_versions(report)[what] for report in reports) for what in _versions(reports[0])}
+    for number, report in seen.reached():
+        found = list(_differences(report, usual))
+        if not found:
+            has = _versions(report)
+            told = f"m3dist {has['m3dist']} ({has['m3dist build']}), mlx {has['mlx']}, Python {has['Python']}"
+            found = [Look("ok", told)]
+        yield from (Finding("versions", seen.names[number], *look) for look in found)
+
+
+def _versions(report: HostReport) -> dict[str, str | None]:
+    python = ".".join(report.raw["python"]["version"].split(".")[:2])
+    packages = {name: report.raw["packages"].get(name) for name in MUST_BE_EQUAL + SHOULD_BE_EQUAL}
+    return {"Python": python, "m3dist build": report.raw["build"], **packages}
+
+
+def _differences(report: HostReport, usual: dict[str, str | None]) -> Iterator[Look]:
+    has, pip = _versions(report), f"{report.raw['python']['path']} -m pip install"
+    if has["m3dist build"] != usual["m3dist build"]:
+        what = f"its m3dist is build {has['m3dist build']}, elsewhere {usual['m3dist build']}"
+        yield Look("error", what, "install the same m3dist there: a job refuses to start")
+    for package in MUST_BE_EQUAL:
+        if has[package] != usual[package]:
+            what = f"{package} is {has[package] or 'missing'}, elsewhere {usual[package]}"
+            yield Look("error", what, f"{pip} {package}=={usual[package]}")
+    if has["mlx"] and version_numbers(has["mlx"]) < OLDEST_MLX:
+        oldest = ".".join(map(str, OLDEST_MLX))
+        what = f"mlx {has['mlx']} hangs where a peer is lost instead of saying so"
+        yield Look("error", what, f"{pip} 'mlx>={oldest}'")
+    if has["Python"] != usual["Python"]:
+        yield Look("warning", f"Python {has['Python']}, elsewhere {usual['Python']}", "use one Python on all hosts")
+    others = [package for package in SHOULD_BE_EQUAL if has[package] != usual[package]]
+    if others:
+        what = ", ".join(f"{name} {has[name] or 'missing'} (elsewhere {usual[name] or 'missing'})" for name in others)
+        yield Look("warning", what, f"{pip} the versions that the others have")
+
+
+def alike(seen: Examination) -> Iterator[Finding]:
+    """Kinds of hosts: the ranks wait for the slowest of them at every sum."""
+    reports = [report for _, report in seen.reached()]
+    for what, values, level, remedy in (
+        ("platforms", [report.raw["platform"] for report in reports], "warning", "use hosts of one kind"),
+        ("chips", [report.chip for report in reports], "note", "--weights gives each a share that suits it"),
+        ("macOS versions", [report.system for report in reports if report.mac], "note", "bring all to the newest"),
+    ):
+        if len(set(values)) > 1:
+            counted = ", ".join(f"{count} x {value or 'unknown'}" for value, count in Counter(values).items())
+            yield Finding("alike", "all", level, f"{what} differ: {counted}", remedy)
+
+
+def _most(values: Iterable[str | None]) -> str | None:
+    """The commonest; of several equally common, the first."""
+    return Counter(values).most_common(1)[0][0]
+
+
+def version_numbers(version: str) -> tuple[int, ...]:
+    """ "0.32.4" -> (0, 32, 4)."""
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:3])

@@ -1,0 +1,148 @@
+"""What `m3dist doctor` makes of each host by itself: MLX, memory, disk, settings, clock. Pure. No MLX."""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+
+from m3dist.cluster.examination import Examination, Look, gib
+from m3dist.cluster.report import HostReport
+from m3dist.errors import PlanError
+from m3dist.metal import ACTIVATIONS, fast_synch_risk, wiring
+
+SKEW, LARGE_SKEW = 2.0, 60.0  # seconds
+PRESENT = 0.95  # of a checkpoint's bytes: files may hold a little less or more than the tensors that m3dist counts
+LESS = "use more hosts, fewer bits or a shorter context, or give it a smaller share with --weights"
+
+
+def mlx_works(seen: Examination, number: int, report: HostReport) -> Iterator[Look]:
+    """MLX can be imported, computes on the GPU of a Mac, and has the backend."""
+    python, backend = report.raw["python"]["path"], seen.backend.removesuffix("-ring")  # jaccl-ring is jaccl's
+    if not report.mlx:
+        said = report.raw["outputs"].get("mlx", {}).get("error", "").strip().splitlines()
+        advice = (
+            f"{python} -m pip install --upgrade mlx" if report.mac else "pip install 'm3dist[cpu]' or 'm3dist[cuda]'"
+        )
+        yield Look("error", f"MLX does not start there: {said[-1] if said else 'no answer'}", f"there: {advice}")
+    elif report.mac and not report.mlx["metal"]:
+        advice = f"install an arm64 Python; {python} -m pip install --upgrade mlx mlx-metal"
+        yield Look("error", "MLX has no Metal there: it would compute on the CPU", advice)
+    elif seen.hostfile.world > 1 and backend not in report.mlx["backends"]:
+        has = f"MLX has no {seen.backend} there, only {', '.join(report.mlx['backends'])}"
+        yield Look("error", has, _WITHOUT.get(backend, "upgrade mlx there"))
+    else:
+        yield Look("ok", f"MLX {report.mlx['version']} on {report.chip}")
+
+
+_WITHOUT = {
+    "mpi": "install Open MPI there, and set MLX_MPI_LIBNAME to the path of its libmpi in the hostfile's env",
+    "jaccl": "jaccl needs macOS 26.2 and Thunderbolt 5: use the ring",
+    "nccl": "nccl needs MLX for CUDA: pip install 'm3dist[cuda]'",
+}
+
+
+def memory(seen: Examination, number: int, report: HostReport) -> Iterator[Look]:
+    """What the plan needs, against what there is and what is free."""
+    total, available, needed = report.memory, report.available, seen.needed(number)
+    limit = seen.hosts[number].memory_gb
+    if total is None or available is None:
+        yield Look("note", "how much memory it has could not be read")
+        return
+    have = f"{gib(available)} of {gib(total)} available"
+    if needed is None:
+        yield Look("ok", have)
+        return
+    wanted = needed + (ACTIVATIONS if report.mac else 0)
+    need = f"weights{', cache' if seen.context else ''} and activations need {gib(wanted)}"
+    if wanted > total:
+        yield Look("error", f"{need}, it has {gib(total)}", LESS)
+    elif limit is not None and wanted > limit * 1e9:
+        yield Look("error", f"{need}, the hostfile's memory_gb allows {limit:g} GB", LESS)
+    elif wanted > available:
+        # Linux ends processes then; macOS first compresses and swaps what others hold.
+        yield Look("warning" if report.mac else "error", f"{need}, {have}", f"end other programs there; or {LESS}")
+    else:
+        yield Look("ok", f"{need}, {have}")
+
+
+def wired_limit(seen: Examination, number: int, report: HostReport) -> Iterator[Look]:
+    """What macOS lets the GPU keep resident."""
+    device, needed = report.mlx.get("device", {}), seen.needed(number)
+    if not report.mac or "max_recommended_working_set_size" not in device:
+        return
+    try:
+        warning = None if needed is None else wiring(device, needed, {}).warning
+    except PlanError:
+        return  # memory says it
+    if warning:
+        evidence, _, advice = warning.partition(". ")
+        yield Look("warning", evidence, f"on that host: {advice}")
+        return
+    chosen = f"iogpu.wired_limit_mb is {report.wired_limit}" if report.wired_limit else "its own choice"
+    yield Look("ok", f"macOS lets the GPU keep {gib(device['max_recommended_working_set_size'])} ({chosen})")
+
+
+def disk(seen: Examination, number: int, report: HostReport) -> Iterator[Look]:
+    """Whether the host has the checkpoint, or room for it."""
+    directory, model = report.raw["directory"], report.raw["model"]
+    if directory["problem"]:
+        yield Look("error", directory["problem"])
+    if model is None or model["path"] is None:
+        return
+    have = f"{gib(model['bytes'])} of weights in {model['path']}"
+    whole = sum(spec.nbytes for spec in seen.plan.specs.values()) if seen.plan else model["bytes"] or 1
+    missing, free = whole - model["bytes"], f"{gib(model['free'])} are free there"
+    if model["bytes"] >= PRESENT * whole:
+        yield Look("ok", have)
+    elif not re.search(r"/models--[^/]+--", model["path"]):
+        advice = f"copy the checkpoint there, or correct --model: every host must have it at {model['path']}"
+        yield Look("error", f"{have}, {gib(missing)} are missing", advice)
+    elif model["free"] < missing:
+        advice = "make room, or set HF_HOME in the hostfile's env for that host to a larger disk"
+        yield Look("error", f"{have}, {gib(missing)} are missing and {free}", advice)
+    else:
+        advice = f"fetch it first, else the start waits for that: hf download {seen.model}"
+        yield Look("warning", f"{have}, {gib(missing)} are missing; {free}", advice)
+
+
+def mpi(seen: Examination, number: int, report: HostReport) -> Iterator[Look]:
+    """Open MPI, where it is the backend: on PATH of every host, and one version."""
+    if seen.backend != "mpi":
+        return
+    others = [other.open_mpi for _, other in seen.reached() if other.open_mpi]
+    if report.open_mpi is None:
+        said = report.out("mpirun").split("\n")[0] or report.raw["outputs"].get("mpirun", {}).get("error", "")
+        advice = "install Open MPI, on the PATH that a command over ssh has: mpirun starts its helper there"
+        yield Look("error", f"no Open MPI there: `mpirun --version` says {said}", advice)
+    elif report.open_mpi != others[0]:
+        yield Look("error", f"Open MPI {report.open_mpi}, elsewhere {others[0]}", "install the same one on all hosts")
+    else:
+        yield Look("ok", f"Open MPI {report.open_mpi}")
+
+
+def settings(seen: Examination, number: int, report: HostReport) -> Iterator[Look]:
+    """Variables that have locked Macs."""
+    if risk := fast_synch_risk(report.raw["environ"], report.chip if report.mac else ""):
+        evidence, _, advice = risk.partition("; ")
+        yield Look("warning", evidence, advice)
+
+
+def clock(seen: Examination, number: int, report: HostReport) -> Iterator[Look]:
+    """No job depends on it; logs and certificates do."""
+    if report.skew is None or seen.hosts[number].local:
+        return
+    if abs(report.skew) <= SKEW:
+        yield Look("ok", f"within {SKEW:g} s of ours")
+        return
+    apart = f"{abs(report.skew):.0f} s {'ahead of' if report.skew > 0 else 'behind'} ours"
+    level = "warning" if abs(report.skew) > LARGE_SKEW else "note"
+    yield Look(level, apart, "let it take its time from the network; on a Mac: sudo sntp -sS time.apple.com")
+
+
+HOST_CHECKS: Mapping[str, Callable[[Examination, int, HostReport], Iterator[Look]]] = {
+    "mlx": mlx_works,
+    "memory": memory,
+    "wired limit": wired_limit,
+    "disk": disk,
+    "mpi": mpi,
+    "settings": settings,
+    "clock": clock,
+}

@@ -1,0 +1,237 @@
+"""What a host says about itself: its part of `m3dist doctor` and `m3dist hostfile`. Runs on the host. No MLX.
+
+`python -m m3dist.cluster.probe`, started by survey.py through ssh.Remote. It interprets nothing: what its answers mean,
+report.py reads. Each question has a thread, and its number stands in the answers. Questions, and what they are told:
+
+    clock                                           clock (seconds since 1970)
+    describe {model, cwd, env, ips, launched_in}    report
+    listen {address, secret, seconds}               listening (a port), then measured
+    connect {address, port, secret, seconds}        measured
+
+It ends when the launcher closes the channel or has asked nothing for SILENCE seconds, and with it what it started.
+"""
+
+import getpass
+import os
+import platform
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from m3dist.cluster import link
+from m3dist.cluster.agent import working_directory
+from m3dist.cluster.build import build_digest
+from m3dist.cluster.channel import Channel, ChannelClosed, Message
+from m3dist.cluster.environment import LaunchError
+from m3dist.cluster.ssh import channel_to_launcher
+
+SILENCE = 60.0  # seconds
+LIMIT = 8.0  # seconds that a command may take
+LONGEST = 2**20  # characters of a command's output
+NOT_FOUND, TIMED_OUT = 127, 124  # as shells have it
+PACKAGES = ("m3dist", "mlx", "mlx-metal", "mlx-cpu", "mlx-cuda", "mlx-cuda-12", "mlx-cuda-13", "numpy",
+            "safetensors", "tokenizers", "jinja2", "huggingface_hub", "mpi4py", "mlx-lm", "transformers")  # fmt: skip
+VARIABLES = ("MLX_METAL_FAST_SYNCH", "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "XDG_CACHE_HOME")
+SYSTEM = ("/usr/sbin", "/sbin")  # where some of the commands are, which ssh does not have on PATH everywhere
+
+# MLX can abort a process, and takes its time: it is asked in one of its own. mlx.launch names this library, too.
+MLX = """
+import json, os, sys
+if sys.platform == "linux":
+    os.environ.setdefault("MLX_MPI_LIBNAME", "libmpi.so.40")
+import mlx.core as mx
+available = mx.distributed.is_available
+print(json.dumps({
+    "version": mx.__version__,
+    "device": mx.device_info(),
+    "metal": mx.metal.is_available(),
+    "cuda": mx.cuda.is_available(),
+    "backends": [name for name in ("ring", "jaccl", "mpi", "nccl") if available(name)],
+}))
+"""
+COMMANDS: Mapping[str, Mapping[str, Sequence[str]]] = {
+    "darwin": {
+        "sw_vers": ["sw_vers"],
+        "sysctl": ["sysctl", "hw.memsize", "hw.model", "machdep.cpu.brand_string", "iogpu.wired_limit_mb"],
+        "vm_stat": ["vm_stat"],
+        "ifconfig": ["ifconfig", "-a"],
+        "hardware ports": ["networksetup", "-listallhardwareports"],
+        "thunderbolt": ["system_profiler", "SPThunderboltDataType", "-json"],
+        "rdma_ctl": ["rdma_ctl", "status"],
+        "ibv_devices": ["ibv_devices"],
+        "ibv_devinfo": ["ibv_devinfo", "-v"],
+        "firewall": ["/usr/libexec/ApplicationFirewall/socketfilterfw", "--getglobalstate"],
+    },
+    "linux": {
+        "addresses": ["ip", "-j", "address"],
+        "memory": ["cat", "/proc/meminfo"],
+        "ibv_devices": ["ibv_devices"],
+        "ibv_devinfo": ["ibv_devinfo", "-v"],
+    },
+}
+ANYWHERE = {"mpirun": ["mpirun", "--version"], "mlx": [sys.executable, "-c", MLX]}
+
+_running: set["subprocess.Popen[bytes]"] = set()
+
+
+def main() -> None:
+    channel, greeting = channel_to_launcher()
+    try:
+        channel.send({"hello": greeting["hello"]})
+        while question := channel.receive(SILENCE):
+            threading.Thread(target=_answer, args=(channel, question), daemon=True).start()
+    except ChannelClosed:
+        pass
+    finally:
+        for process in list(_running):
+            process.kill()
+
+
+def _answer(channel: Channel, question: Message) -> None:
+    number = question.pop("id")
+    kind, told = next(iter(question.items()))
+
+    def tell(**answer: Any) -> None:
+        with suppress(ChannelClosed):  # the launcher no longer wants to know
+            channel.send({"id": number, **answer})
+
+    try:
+        if kind == "clock":
+            tell(clock=time.time())
+        elif kind == "describe":
+            tell(report=describe(**told))
+        elif kind == "listen":
+            tell(measured=link.listen(**told, listening=lambda port: tell(listening=port)))
+        elif kind == "connect":
+            tell(measured=link.connect(**told))
+    except Exception as error:  # ours: the launcher says so, instead of waiting
+        tell(problem=f"{type(error).__name__}: {error}")
+
+
+def describe(
+    model: str | None, cwd: str | None, env: Mapping[str, str], ips: Sequence[str], launched_in: str
+) -> dict[str, Any]:
+    """All that doctor and hostfile want to know; what cannot be found out is told as that. Plain values only."""
+    environ, directory, problem = os.environ | dict(env), os.path.expanduser("~"), None
+    try:
+        directory = working_directory({"cwd": cwd, "launched_in": launched_in}) or directory
+    except LaunchError as error:
+        problem = str(error)
+    commands = {**COMMANDS.get(sys.platform, {}), **ANYWHERE}
+    with ThreadPoolExecutor(len(commands)) as pool:
+        outputs = dict(zip(commands, pool.map(run, commands.values())))
+    return {
+        "platform": sys.platform,
+        "system": f"{platform.system()} {platform.release()}",
+        "hostname": socket.gethostname(),
+        "user": _user(),
+        "python": {"path": sys.executable, "version": platform.python_version()},
+        "packages": {name: _version(name) for name in PACKAGES},
+        "build": build_digest(),
+        "environ": {name: environ[name] for name in VARIABLES if name in environ},
+        "directory": {"path": directory, "problem": problem},
+        "model": None if model is None else find_model(model, directory, environ),
+        "addresses": {ip: why_not_ours(ip) for ip in ips},
+        "network": network(Path("/sys/class/net")),
+        "outputs": outputs,
+    }
+
+
+def run(command: Sequence[str]) -> dict[str, Any]:
+    """What a command says: {"status", "out", "error"}, with the shells' own statuses where it said nothing."""
+    path = os.pathsep.join([os.environ.get("PATH", os.defpath), *SYSTEM])
+    program = shutil.which(command[0], path=path)
+    if program is None:
+        return {"status": NOT_FOUND, "out": "", "error": "not found"}
+    pipe = subprocess.PIPE
+    try:
+        process = subprocess.Popen([program, *command[1:]], stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe)
+    except OSError as error:
+        return {"status": NOT_FOUND, "out": "", "error": str(error)}
+    _running.add(process)
+    try:
+        streams = process.communicate(timeout=LIMIT)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return {"status": TIMED_OUT, "out": "", "error": f"no answer within {LIMIT:g} s"}
+    finally:
+        _running.discard(process)
+    out, err = (stream.decode(errors="replace")[:LONGEST] for stream in streams)
+    return {"status": process.returncode, "out": out, "error": err}
+
+
+def find_model(model: str, directory: str, environ: Mapping[str, str]) -> dict[str, Any]:
+    """Where the checkpoint is or would be, how many bytes of weights are there, and how many are free on that disk.
+
+    "path" is None for a model that is part of the package.
+    """
+    if model == "tiny":
+        return {"path": None, "bytes": 0, "free": 0}
+    path = Path(directory, os.path.expanduser(model))
+    if not path.is_dir() and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model):
+        path = hub_cache(environ) / f"models--{model.replace('/', '--')}"
+        with suppress(OSError):
+            path /= "snapshots/" + (path / "refs/main").read_text().strip()
+    weights = list(path.glob("[!.]*.safetensors"))
+    existing = next(parent for parent in (path, *path.parents) if parent.exists())
+    return {
+        "path": str(path),
+        "bytes": sum(file.stat().st_size for file in weights if file.exists()),
+        "free": shutil.disk_usage(existing).free,
+    }
+
+
+def hub_cache(environ: Mapping[str, str]) -> Path:
+    """Where huggingface_hub keeps what it downloads (its documentation: environment variables)."""
+    cache = environ.get("XDG_CACHE_HOME", "~/.cache")
+    home = environ.get("HF_HOME", os.path.join(cache, "huggingface"))
+    return Path(os.path.expanduser(environ.get("HF_HUB_CACHE", os.path.join(home, "hub"))))
+
+
+def why_not_ours(ip: str) -> str | None:
+    """None for an address of this host; else why nothing can listen there."""
+    with socket.socket() as here:
+        try:
+            here.bind((ip, 0))
+        except OSError as error:
+            return link.reason(error)
+    return None
+
+
+def network(folder: Path) -> dict[str, Any]:
+    """What Linux knows of each interface beside its addresses: Mbit/s or None, and whether it is Wi-Fi."""
+    found = {}
+    for device in sorted(folder.glob("*")):
+        speed = None
+        with suppress(OSError, ValueError):  # a virtual one has none, or -1
+            speed = int((device / "speed").read_text())
+        found[device.name] = {"speed": speed if speed and speed > 0 else None, "wifi": (device / "wireless").exists()}
+    return found
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return str(os.getuid())
+
+
+if __name__ == "__main__":
+    main()
