@@ -43,7 +43,7 @@ from m3dist.options import (
     GenerateOptions,
     LinksOptions,
 )
-from m3dist.watchdog import EXIT_PEER_LOST
+from m3dist.watchdog import EXIT_PEER_LOST, seconds
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -166,6 +166,8 @@ def start_ranks(parser: argparse.ArgumentParser, args: argparse.Namespace, argv:
             (None, "-m", "m3dist", *argv),
             env=forwarded(),
             ours=("stdin", "stdout", "stderr") if sys.stderr.isatty() else ("stdin", "stdout"),
+            start_limit=seconds("M3DIST_START_LIMIT", 60.0),
+            silence_limit=seconds("M3DIST_SILENCE_LIMIT", 10.0),
         )
     )
 
@@ -188,8 +190,8 @@ def launch(parser: argparse.ArgumentParser, args: argparse.Namespace, argv: list
         marked=True,
         ours=("stdin",),
         reports=False,
-        start_limit=args.start_limit,
-        silence_limit=args.silence_limit,
+        start_limit=args.start_limit or seconds("M3DIST_START_LIMIT", 60.0),
+        silence_limit=args.silence_limit or seconds("M3DIST_SILENCE_LIMIT", 10.0),
     )
     return run_again(job, args.restart)
 
@@ -405,10 +407,11 @@ def add_launch(parser: argparse.ArgumentParser) -> None:
     add_ranks(parser)
     add(parser, "--restart", metavar="N", type=whole(0), default=0,
         help="start again at most N times after a failure, after 1, 2, 4, ... s")
-    add(parser, "--start-limit", metavar="SECONDS", type=real("more than 0", lambda x: x > 0), default=60.0,
-        help="until every host must have answered and every rank that reports must have come up")
-    add(parser, "--silence-limit", metavar="SECONDS", type=real("5 or more", lambda x: x >= 5), default=10.0,
-        help="without a word from a host, until it counts as lost")
+    add(parser, "--start-limit", metavar="SECONDS", type=real("more than 0", lambda x: x > 0),
+        help="until every host must have answered and every rank that reports must have come up; default: "
+        "M3DIST_START_LIMIT, or 60")
+    add(parser, "--silence-limit", metavar="SECONDS", type=real("5 or more", lambda x: x >= 5),
+        help="without a word from a host, until it counts as lost; default: M3DIST_SILENCE_LIMIT, or 10")
     parser.add_argument("--env", metavar="NAME[=VALUE]", type=variable, action="append", default=[],
         help="set for every rank; without a value, to ours; repeatable")
     parser.add_argument("command", metavar="COMMAND", nargs=argparse.REMAINDER,
