@@ -87,20 +87,19 @@ def disk(seen: Examination, number: int, report: HostReport) -> Iterator[Look]:
         yield Look("error", directory["problem"])
     if model is None or model["path"] is None:
         return
-    have = f"{gib(model['bytes'])} of weights in {model['path']}"
-    whole = sum(spec.nbytes for spec in seen.plan.specs.values()) if seen.plan else model["bytes"] or 1
-    missing, free = whole - model["bytes"], f"{gib(model['free'])} are free there"
-    if model["bytes"] >= PRESENT * whole:
-        yield Look("ok", have)
-    elif not re.search(r"/models--[^/]+--", model["path"]):
-        advice = f"copy the checkpoint there, or correct --model: every host must have it at {model['path']}"
-        yield Look("error", f"{have}, {gib(missing)} are missing", advice)
-    elif model["free"] < missing:
+    path, held, free = model["path"], model["bytes"], model["free"]
+    whole = sum(spec.nbytes for spec in seen.plan.specs.values()) if seen.plan else max(held, 1)  # any will do
+    if held >= PRESENT * whole:
+        yield Look("ok", f"{gib(held)} of weights in {path}")
+        return
+    what = f"{gib(whole - held) if seen.plan else 'all'} of the weights are missing in {path}"
+    if not re.search(r"/models--[^/]+--", path):
+        yield Look("error", what, "copy the checkpoint there, or correct --model: every host must have it at that path")
+    elif free < whole - held:
         advice = "make room, or set HF_HOME in the hostfile's env for that host to a larger disk"
-        yield Look("error", f"{have}, {gib(missing)} are missing and {free}", advice)
+        yield Look("error", f"{what}, where {gib(free)} are free", advice)
     else:
-        advice = f"fetch it first, else the start waits for that: hf download {seen.model}"
-        yield Look("warning", f"{have}, {gib(missing)} are missing; {free}", advice)
+        yield Look("warning", what, f"fetch them first, else the start waits for that: hf download {seen.model}")
 
 
 def mpi(seen: Examination, number: int, report: HostReport) -> Iterator[Look]:

@@ -130,14 +130,8 @@ class HostReport:
     @cached_property
     def mlx(self) -> Mapping[str, Any]:
         """What MLX says of itself there; empty where it cannot be imported."""
-        for line in reversed(self.out("mlx").splitlines()):
-            try:
-                found = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(found, dict):
-                return found
-        return {}
+        lines = self.out("mlx").splitlines()
+        return next((found for line in reversed(lines) for found in _objects(line) if "version" in found), {})
 
     @property
     def firewall(self) -> int | None:
@@ -214,21 +208,18 @@ class HostReport:
         return "ethernet" if port and not VIRTUAL.match(name) else "virtual"
 
     def _linux_interfaces(self) -> Iterator[Interface]:
-        try:
-            found = json.loads(self.out("addresses"))
-        except ValueError:
-            return
-        for link in found:
-            name = link["ifname"]
+        for link in _objects(self.out("addresses")):
+            name = link.get("ifname")
+            if not name:  # old versions of ip print an empty object for an interface that they leave out
+                continue
             more = self.raw["network"].get(name, {})
-            addresses = tuple(
-                IPv4Interface(f"{own['local']}/{own['prefixlen']}")
-                for own in link.get("addr_info", [])
-                if own["family"] == "inet"
-            )
+            own = [each for each in link.get("addr_info", []) if each.get("family") == "inet"]
+            addresses = tuple(IPv4Interface(f"{each['local']}/{each['prefixlen']}") for each in own)
             kind = "virtual" if VIRTUAL.match(name) else "wifi" if more.get("wifi") else "ethernet"
-            kind = "loopback" if "LOOPBACK" in link["flags"] else "thunderbolt" if "thunderbolt" in name else kind
-            yield Interface(name, kind, addresses, more.get("speed"), "UP" in link["flags"])
+            kind = (
+                "loopback" if "LOOPBACK" in link.get("flags", []) else "thunderbolt" if "thunderbolt" in name else kind
+            )
+            yield Interface(name, kind, addresses, more.get("speed"), "UP" in link.get("flags", []))
 
     # -----------------------------------------------------------------------------------------------------------------
     # Thunderbolt
@@ -236,10 +227,7 @@ class HostReport:
     @cached_property
     def ports(self) -> tuple[Port, ...]:
         """The Thunderbolt ports, as mlx.distributed_config reads them (mlx/_distributed_utils/config.py)."""
-        try:
-            buses = json.loads(self.out("thunderbolt"))["SPThunderboltDataType"]
-        except (ValueError, KeyError, TypeError):
-            return ()
+        buses = [bus for found in _objects(self.out("thunderbolt")) for bus in found.get("SPThunderboltDataType", [])]
         interfaces = {name: interface for interface, name in self.hardware_ports.items()}
         return tuple(_port(bus, interfaces) for bus in buses if "domain_uuid_key" in bus)
 
@@ -266,6 +254,15 @@ class HostReport:
     def rdma_enabled(self) -> bool | None:
         """What `rdma_ctl status` says; None where there is no such command, or it says something else."""
         return {"enabled": True, "disabled": False}.get(self.out("rdma_ctl").strip())
+
+
+def _objects(text: str) -> list[Mapping[str, Any]]:
+    """The JSON object, or the objects of the list, that a command printed; none where it printed something else."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return []
+    return [each for each in (found if isinstance(found, list) else [found]) if isinstance(each, dict)]
 
 
 def _port(bus: Mapping[str, Any], interfaces: Mapping[str, str]) -> Port:

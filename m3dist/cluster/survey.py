@@ -66,9 +66,7 @@ class Survey:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        for asked in self._asked.values():
-            if isinstance(asked, _Asked):
-                asked.remote.close()
+        _all_at_once(lambda asked: asked.remote.close(1.0), [a for a in self._asked.values() if isinstance(a, _Asked)])
 
     def describe(self, model: str | None = None) -> list[HostReport | NoAnswer]:
         """What each host says about itself, in the hostfile's order."""
