@@ -18,6 +18,9 @@ import mlx.core as mx
 
 import m3dist
 from m3dist.errors import CommunicationError
+from m3dist.status import own_page
+
+GRACE = 5.0  # seconds that our launcher has for ending ranks which waited in vain for the others, and for saying why
 
 
 class Comm:
@@ -92,9 +95,10 @@ def wait_for_every_rank_to_join(backend: str, limit: float) -> mx.distributed.Gr
     """mx.distributed.init, which waits for ever, within `limit` seconds.
 
     It holds Python's lock meanwhile, so no thread of ours could end it: faulthandler's does, with status 1, and its
-    message is a traceback whose last line is this function's name.
+    message is a traceback whose last line is this function's name. Our own launcher ends it before, and says who is
+    missing; but it may itself be gone.
     """
-    faulthandler.dump_traceback_later(limit, exit=True)
+    faulthandler.dump_traceback_later(limit + (GRACE if own_page() else 0.0), exit=True)
     try:
         return mx.distributed.init(strict=True, backend=backend)
     finally:

@@ -6,11 +6,11 @@ the launcher is gone or silent, it ends its ranks. What it is told and what it t
     told    ports [{ip, ...} a rank]                       tells   ports [[port, ...] a rank]
             start [{rank, command, env, files, cwd, ours}]         started rank
             input text or null (the end)                           output rank, stream, data;  taken (input)
-            shown (bytes of output)                                up rank (it has written its status page)
+            shown (bytes of output)                                up rank, phase (of a kind that is new for the rank)
             ping                                                   pong
             end "gently" or "now"                                  stalled rank, phase, seconds, state
                                                                    exit rank, code, phase, peak, ordered
-                                                                   failed why, rank;  ended
+                                                                   failed why, rank;  alone seconds;  ended
 """
 
 import errno
@@ -60,7 +60,7 @@ class Rank:
     number: int
     process: "subprocess.Popen[bytes]"
     page: Page
-    up: bool = False
+    doing: str | None = None  # the first word of its phase
     stalled: Status | None = None
     pumps: list[threading.Thread] = field(default_factory=list)
 
@@ -117,6 +117,7 @@ class Agent:
                     self._handle(event)
                 self._look()
                 if self.kill_at is None and time.monotonic() - heard > self.silence:
+                    self._tell({"alone": self.silence})  # it may only be stopped, or asleep
                     self.end(END_GRACE)
                 if self.kill_at is not None and time.monotonic() > self.kill_at:
                     self._signal(signal.SIGKILL)
@@ -130,10 +131,10 @@ class Agent:
     def end(self, grace: float) -> None:
         """SIGTERM to every rank now, SIGKILL after `grace` seconds."""
         self.window.close()
+        self.kill_at = min(self.kill_at or float("inf"), time.monotonic() + grace)
         if grace:
             self._signal(signal.SIGTERM)
             self._signal(signal.SIGCONT)  # a stopped process heeds nothing before
-        self.kill_at = min(self.kill_at or float("inf"), time.monotonic() + grace)
 
     def _next(self) -> Message | None:
         try:
@@ -214,13 +215,13 @@ class Agent:
         return env
 
     def _look(self) -> None:
-        """Tell which ranks have come up, and which have not finished in time what they do."""
+        """Tell what the ranks have come to, and which have not finished in time what they do."""
         now = time.monotonic()
         for rank in (self.ranks[number] for number in self.running):
             status = rank.page.read()
-            if status and not rank.up:
-                rank.up = True
-                self._tell({"up": rank.number})
+            if status and status.phase.partition(" ")[0] != rank.doing:
+                rank.doing = status.phase.partition(" ")[0]
+                self._tell({"up": rank.number, "phase": status.phase})
             if status and status != rank.stalled and now - SLACK - status.since > status.limit:
                 rank.stalled = status
                 seen = {"phase": status.phase, "seconds": now - status.since, "state": state_of(rank.process.pid)}
@@ -250,6 +251,7 @@ class Agent:
 
     def _wait_for(self, rank: Rank) -> None:
         _, waited, usage = os.wait4(rank.process.pid, 0)
+        ordered = self.kill_at is not None  # it was us, or mpirun through us
         code = rank.process.returncode = os.waitstatus_to_exitcode(waited)
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(rank.process.pid, signal.SIGKILL)  # what it started and left
@@ -258,7 +260,6 @@ class Agent:
             pump.join(max(0.0, limit - time.monotonic()))
         status = rank.page.read()
         peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        ordered = self.kill_at is not None  # it was us, or mpirun through us
         seen = {"code": code, "phase": status and status.phase, "peak": peak, "ordered": ordered}
         self.events.put({"exit": rank.number} | seen)
 

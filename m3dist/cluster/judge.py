@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 
 from m3dist.watchdog import EXIT_NOT_STARTED, EXIT_PEER_LOST, EXIT_STALLED, EXIT_UNREACHABLE
 
-VICTIMS = (EXIT_PEER_LOST, EXIT_STALLED)  # statuses of ranks that ended because of another one
+# Statuses of ranks that ended because of another one. 195: Open MPI's, where mpirun is gone (PMIX_ERR_LOST_CONNECTION).
+VICTIMS = (EXIT_PEER_LOST, EXIT_STALLED, 195)
 CAUSE_GRACE = 2.0  # seconds to wait for the rank that made the victims
 STRAGGLE = 10.0  # seconds that ranks may go on after another ended with status 0
 STATES = {"T": "is stopped (SIGSTOP)", "t": "is stopped by a debugger", "Z": "is dead", "D": "waits in the kernel"}
@@ -57,9 +58,9 @@ class Stall:
 
 @dataclass(frozen=True)
 class Loss:
-    """A host's agent closed its channel, or was silent for too long."""
+    """A host's agent closed its channel, or was silent for too long; with `host` None, `how` says all."""
 
-    host: int
+    host: int | None
     how: str
     at: float
 
@@ -84,14 +85,17 @@ class Evidence:
     stalls: list[Stall] = field(default_factory=list)
     losses: list[Loss] = field(default_factory=list)
     heard: Mapping[int, float] = field(default_factory=dict)  # host -> when it last said something
+    phases: Mapping[int, str] = field(default_factory=dict)  # rank that reports -> the first phase of its latest kind
 
     @property
     def running(self) -> set[int]:
         return set(range(len(self.host_of))) - {exit.rank for exit in self.exits}
 
-    def who(self, rank: int) -> str:
-        """ "rank 1", with its host where there are several."""
-        return f"rank {rank}" + (f" on {self.names[self.host_of[rank]]}" if len(set(self.names)) > 1 else "")
+    def who(self, *ranks: int) -> str:
+        """ "ranks 1, 2", each with its host where there are several."""
+        if len(set(self.names)) == 1:
+            return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, sorted(ranks)))
+        return ", ".join(f"rank {rank} on {self.names[self.host_of[rank]]}" for rank in sorted(ranks))
 
 
 def judge(seen: Evidence, now: float) -> Verdict | float:
@@ -107,7 +111,8 @@ def judge(seen: Evidence, now: float) -> Verdict | float:
         return Verdict(exit.status, f"{seen.who(exit.rank)} {exit.how}", exit.rank)
     if seen.losses:
         loss = seen.losses[0]
-        return Verdict(EXIT_UNREACHABLE, f"host {seen.names[loss.host]} was lost: {loss.how}", host=loss.host)
+        what = loss.how if loss.host is None else f"host {seen.names[loss.host]} was lost: {loss.how}"
+        return Verdict(EXIT_UNREACHABLE, what, host=loss.host)
     victims = [exit for exit in seen.exits if exit.victim]
     if victims or seen.stalls:
         first = min([exit.at for exit in victims] + [stall.at for stall in seen.stalls])
@@ -118,7 +123,7 @@ def judge(seen: Evidence, now: float) -> Verdict | float:
     if ended:
         if now < ended[0].at + STRAGGLE:
             return ended[0].at + STRAGGLE
-        late = f"after {STRAGGLE:.0f} s {names(seen.running)} had not"
+        late = f"after {STRAGGLE:.0f} s {seen.who(*seen.running)} had not"
         reason = f"{seen.who(ended[0].rank)} ended (exit code 0) but {late}"
         return Verdict(1, reason, ended[0].rank)
     return math.inf
@@ -135,16 +140,23 @@ def _wait_for_the_cause(seen: Evidence, first: float, now: float) -> float | Non
 
 
 def _blame(seen: Evidence, victims: Sequence[Exit]) -> Verdict:
-    """Among ranks of which none failed by itself: a stopped one, one that ended early, one that stalled, a victim."""
+    """Among ranks of which none failed by itself: a stopped one, one that never joined, one that stalled, one that
+    ended early, a victim."""
     stopped = [stall for stall in seen.stalls if stall.state == "T"]
-    ended = [exit for exit in seen.exits if exit.code == 0]
+    ended = [exit for exit in seen.exits if exit.code == 0 and not exit.ordered]
+    absent = {rank for rank in seen.running if seen.phases.get(rank) == "start"}
+    phases = {stall.phase for stall in seen.stalls} | {exit.phase for exit in victims}
+    if absent and phases == {"rendezvous"}:
+        waited = "".join(f" {stall.seconds:.0f} s" for stall in seen.stalls[:1])
+        reason = f"{seen.who(*absent)} did not join the others, which waited{waited} in rendezvous"
+        return Verdict(EXIT_NOT_STARTED, reason, min(absent))
     if stopped or (seen.stalls and not victims):
         stall = (stopped or sorted(seen.stalls, key=lambda stall: -stall.seconds))[0]
         state = f"; its process {STATES[stall.state]}" if stall.state in STATES else ""
         reason = f"{seen.who(stall.rank)} finished nothing for {stall.seconds:.0f} s in {stall.phase}{state}"
         return Verdict(EXIT_STALLED, reason, stall.rank)
     victim = victims[0]
-    if ended and ended[0].at <= victim.at:
+    if ended:  # perhaps noticed later than the victim's end, which takes less time
         reason = f"{seen.who(ended[0].rank)} ended early (exit code 0) and {seen.who(victim.rank)} still needed it"
         return Verdict(victim.status, reason, ended[0].rank)
     if len(victims) == len(seen.host_of) > 1 and all(exit.code == EXIT_STALLED for exit in victims):
@@ -152,17 +164,13 @@ def _blame(seen: Evidence, victims: Sequence[Exit]) -> Verdict:
         phase = f" in {victim.phase}" if victim.phase else ""
         reason = f"the ranks waited for each other{phase}: a link{where} is down or too slow, or one hangs"
         return Verdict(EXIT_STALLED, reason, victim.rank)
-    still = f"; still running then: {names(seen.running)}" if seen.running else ""
+    still = f"; still running then: {seen.who(*seen.running)}" if seen.running else ""
     return Verdict(victim.status, f"{seen.who(victim.rank)} {victim.how}{still}", victim.rank)
 
 
 def not_started(seen: Evidence, silent: Collection[int], limit: float) -> Verdict:
     """Ranks `silent` have not come up within `limit` seconds."""
-    return Verdict(EXIT_NOT_STARTED, f"{names(silent)} did not start within {limit:g} s", min(silent))
-
-
-def names(ranks: Collection[int]) -> str:
-    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, sorted(ranks)))
+    return Verdict(EXIT_NOT_STARTED, f"{seen.who(*silent)} did not start within {limit:g} s", min(silent))
 
 
 def signal_name(number: int) -> str:

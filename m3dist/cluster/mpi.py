@@ -10,6 +10,7 @@ import json
 import os
 import secrets
 import shlex
+import signal
 import socket
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
@@ -48,11 +49,16 @@ SSH_AGENTS = ("OMPI_MCA_plm_rsh_agent", "PRTE_MCA_plm_ssh_agent")
 
 
 class Mpirun:
-    """mpirun, running one agent a rank on `hosts` (an entry a rank), and the port they connect to."""
+    """mpirun, running one agent a rank on `hosts` (an entry a rank), and the port they connect to.
 
-    def __init__(self, hosts: Sequence[Host], module: str):
+    `killed` is called if a signal ends it. It ends by itself after its agents, which say why.
+    """
+
+    def __init__(self, hosts: Sequence[Host], module: str, killed: Callable[[signal.Signals], None]):
         """Raises LaunchError where mpirun cannot be started."""
         self.errors: deque[str] = deque(maxlen=TAIL)
+        self._killed = killed
+        self._world = len(hosts)
         self._stack = ExitStack()
         self._secret = secrets.token_hex(32)
         self._arrived: dict[int, Channel] = {}
@@ -77,8 +83,8 @@ class Mpirun:
             threading.Thread(target=self._accept, args=(listener,), daemon=True).start()
 
     def _start(self, hosts: Sequence[Host], module: str) -> None:
-        directory = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="m3dist-")))
-        script = directory / "ssh"
+        self._scratch = tempfile.TemporaryDirectory(prefix="m3dist-")
+        script = Path(self._stack.enter_context(self._scratch)) / "ssh"
         script.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m m3dist.cluster.ssh "$@"\n')
         script.chmod(0o700)
         environ = SETTINGS | {name: str(script) for name in SSH_AGENTS} | dict(os.environ)
@@ -121,9 +127,11 @@ class Mpirun:
         assert self.process.stdout
         for line in self.process.stdout:
             self.errors.append(line.decode(errors="replace").rstrip())
-        self.process.wait()
+        code = self.process.wait()
         with self._changed:
             self._changed.notify_all()
+        if code < 0:
+            self._killed(signal.Signals(-code))
 
     def _accept(self, listener: socket.socket) -> None:
         with suppress(OSError):  # closed
@@ -149,6 +157,8 @@ class Mpirun:
             descriptor = connection.detach()
             self._arrived[rank] = Channel(descriptor, descriptor)
             self._changed.notify_all()
+            if len(self._arrived) == self._world:
+                self._scratch.cleanup()  # all are started; a launcher that is killed leaves nothing behind
 
 
 class MpiAgent:

@@ -140,7 +140,9 @@ class Remote:
             self._reading.join(1.0)
         what = "its agent" if self.host.local else "ssh"
         status = self.process.poll()
-        return f"{what} closed the connection" if status is None else f"{what} ended with exit code {status}"
+        if status is None:
+            return f"{what} closed the connection"
+        return f"{what} ended with exit code {status}" if status >= 0 else f"{what} was killed by signal {-status}"
 
     def said(self) -> str:
         """The last line it wrote to standard error, to end a sentence with."""

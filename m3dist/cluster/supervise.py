@@ -128,9 +128,9 @@ class Told:
 
 @dataclass(frozen=True)
 class Gone:
-    """A host's agent could not be started, or its channel closed, for which `status` stands."""
+    """A host's agent could not be started, or its channel closed, for which `status` stands; host None: mpirun."""
 
-    host: int
+    host: int | None
     why: str
     status: int = EXIT_UNREACHABLE
 
@@ -157,8 +157,9 @@ class _Supervisor:
         self.heard: dict[int, float] = {}  # host -> when it last said something; only those that have
         self.seen.heard = self.heard
         self.agents: dict[int, Agent] = {}
-        self.ended: set[int] = set()
-        self.up: set[int] = set()
+        self.ended: set[int | None] = set()
+        self.phases: dict[int, str] = {}
+        self.seen.phases = self.phases
         self.begun = False  # ranks have been asked for
         self.memory: dict[int, int] = {}
         self._next_ping = time.monotonic()
@@ -181,7 +182,7 @@ class _Supervisor:
     def _greet(self) -> None:
         """Start every agent, all at once; see that all are of our build."""
         if self.job.backend == "mpi":
-            self.mpirun = Mpirun(self.hosts, AGENT)
+            self.mpirun = Mpirun(self.hosts, AGENT, self._mpirun_killed)
         for number in range(len(self.hosts)):
             self._thread(self._follow, number)
         ours = about()
@@ -253,7 +254,7 @@ class _Supervisor:
             found = judge(self.seen, now)
             if isinstance(found, Verdict):
                 return found
-            silent = self.seen.running - self.up if self.job.reports or self.up else set()
+            silent = self.seen.running - self.phases.keys() if self.job.reports or self.phases else set()
             if silent and now >= start_limit:
                 return not_started(self.seen, silent, self.job.start_limit)
             self._next(min(found, start_limit) if silent else found)
@@ -295,7 +296,7 @@ class _Supervisor:
         elif "taken" in message:
             self._input.put(None)
         elif "up" in message:
-            self.up.add(message["up"])
+            self.phases[message["up"]] = message["phase"]
         elif "stalled" in message:
             words = (message["phase"], message["seconds"], message["state"])
             self.seen.stalls.append(Stall(message["stalled"], *words, at=now))
@@ -308,6 +309,9 @@ class _Supervisor:
             rank = message["rank"]
             what = f"host {self.hosts[number].ssh}" if rank is None else f"cannot start {self.seen.who(rank)}"
             raise _Over(Verdict(EXIT_NOT_STARTED, f"{what}: {message['failed']}", host=number))
+        elif "alone" in message:
+            how = f"it had no word from here for {message['alone']:g} s and ended its ranks"
+            self.seen.losses.append(Loss(number, how, now))
         elif "ended" in message:
             self.ended.add(number)
 
@@ -389,6 +393,9 @@ class _Supervisor:
                 self.events.put(Told(number, message))
         except ChannelClosed:
             self.events.put(Gone(number, agent.how_it_ended() + agent.said()))
+
+    def _mpirun_killed(self, by: signal.Signals) -> None:
+        self.events.put(Gone(None, f"mpirun was killed by {by.name}"))
 
     def _pass_input(self) -> None:
         """Our standard input to rank 0, to its end; the next piece only when the last was taken."""

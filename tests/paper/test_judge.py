@@ -10,11 +10,13 @@ from m3dist.cluster.judge import CAUSE_GRACE, STRAGGLE, Evidence, Exit, Loss, St
 LATE = 100.0
 
 
-def job(*exits: tuple, stalls=(), losses=(), heard=None, hosts=("here",) * 3, now: float = LATE) -> Verdict | float:
+def job(
+    *exits: tuple, stalls=(), losses=(), heard=None, phases=None, hosts=("here",) * 3, now: float = LATE
+) -> Verdict | float:
     """judge() for exits (rank, code, at), stalls (rank, phase, seconds, state, at), losses (host, how, at); a rank a
     host."""
     seen = Evidence(range(len(hosts)), hosts, [Exit(*exit) for exit in exits], [Stall(*stall) for stall in stalls])
-    seen.losses, seen.heard = [Loss(*loss) for loss in losses], heard or {}
+    seen.losses, seen.heard, seen.phases = [Loss(*loss) for loss in losses], heard or {}, phases or {}
     return judge(seen, now)
 
 
@@ -29,7 +31,7 @@ def job(*exits: tuple, stalls=(), losses=(), heard=None, hosts=("here",) * 3, no
         ([(0, 4, 0.0), (1, 5, 0.0)], 4, 0),  # the first
         ([(0, 75, 0.0), (1, 75, 0.0), (2, 75, 0.0)], 75, 0),  # nobody knows better
         ([(1, 0, 0.0), (0, 75, 0.1)], 75, 1),  # lost because it had ended
-        ([(0, 75, 0.0), (1, 0, 0.1)], 75, 0),
+        ([(0, 75, 0.0), (1, 0, 0.1)], 75, 1),  # noticed late
     ],
 )
 def test_blame(exits, status, rank):
@@ -96,6 +98,26 @@ def test_all_waited_for_each_other():
     verdict = job(*exits, hosts=("a", "b", "b"), now=12.0)
     assert isinstance(verdict, Verdict) and verdict.status == 76
     assert "waited for each other in decode step 9: a link between a and b is down" in verdict.reason
+
+
+def test_ranks_that_never_joined():
+    """The others waited for them, or ring could not connect."""
+    phases = {0: "rendezvous", 1: "start", 2: "rendezvous"}
+    stall, refused = (0, "rendezvous", 61.0, "S", 10.0), (2, 75, 10.0, "rendezvous")
+    said = "rank 1 on b did not join the others, which waited 61 s in rendezvous"
+    assert job(stalls=[stall], phases=phases, hosts="abc") == Verdict(78, said, 1)
+    said = "ranks 1, 2 did not join the others, which waited 61 s in rendezvous"
+    assert job(stalls=[stall], phases=phases | {2: "start"}) == Verdict(78, said, 1)
+    verdict = job(refused, phases=phases)
+    assert verdict == Verdict(78, "rank 1 did not join the others, which waited in rendezvous", 1)
+    verdict = job((2, 75, 10.0, "load of layers.0.w1"), phases=phases)
+    assert isinstance(verdict, Verdict) and verdict.rank == 2
+
+
+def test_a_lost_mpirun():
+    """Its ranks end with Open MPI's own status then."""
+    verdict = job((0, 195, 9.0), losses=[(None, "mpirun was killed by SIGKILL", 11.0)])
+    assert verdict == Verdict(77, "mpirun was killed by SIGKILL")
 
 
 def test_a_lost_host():
