@@ -30,6 +30,8 @@ def main(args: argparse.Namespace, hostfile: Hostfile) -> int:
     """Print what was found; 0 if a launch would work, 1 if not."""
     began = time.monotonic()
     plan, findings = _plan(args, hostfile)
+    if sys.stderr.isatty():
+        print(f"asking the hosts, {SECONDS:g} s at most ...", file=sys.stderr, flush=True)
     seen = examine(hostfile, args.model, plan, args.context or 0)
     findings += find(seen)
     seconds = time.monotonic() - began

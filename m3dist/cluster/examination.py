@@ -49,6 +49,11 @@ class Examination:
     def hosts(self) -> Sequence[Host]:
         return self.hostfile.hosts
 
+    @property
+    def sums_over_tcp(self) -> bool:
+        """Whether the hostfile's addresses carry the ranks' sums; else the ranks only meet there."""
+        return self.backend in ("ring", "mpi")
+
     @cached_property
     def names(self) -> list[str]:
         """What each host is called: its ssh name, with its first rank where another has the same."""

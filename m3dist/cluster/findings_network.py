@@ -43,7 +43,7 @@ def _presence(seen: Examination, report: HostReport, ip: str, needed: bool) -> L
         return Look(level, f"nothing can listen on {ip}: {problem}", f"correct ips; {NEW_HOSTFILE}")
     if interface is None:
         return Look("ok", f"{ip} is its own")
-    if interface.kind == "wifi":
+    if interface.kind == "wifi" and seen.sums_over_tcp:
         what = f"{ip} is on {interface.name}, which is Wi-Fi: every token waits for it"
         return Look("warning", what, f"connect the hosts with a cable, Thunderbolt best; then {NEW_HOSTFILE}")
     if IPv4Address(ip) in LINK_LOCAL:
@@ -123,7 +123,7 @@ def _speed(seen: Examination, measured: Measured) -> Look:
     cable = interface is not None and interface.kind in ("thunderbolt", "bridge")
     rate = f", {measured.bandwidth / 1e9:.2g} GB/s" if measured.bandwidth else ""
     found = f"{link.address}: round trip {trip * 1e3:.3f} ms{rate}"
-    if not seen.apart(link.source, link.target):
+    if not seen.apart(link.source, link.target) or not seen.sums_over_tcp:
         return Look("ok", found)
     if measured.bandwidth and measured.bandwidth < (SLOW_CABLE if cable else SLOW):
         usual = "a Thunderbolt cable does 1 GB/s and more" if cable else "less than Gigabit Ethernet"

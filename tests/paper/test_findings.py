@@ -318,6 +318,12 @@ def test_wifi_and_self_assigned_addresses():
     assert [f.level for f in notes] == ["note", "note"] and "self-assigned" in notes[0].seen
 
 
+def test_where_jaccl_s_ranks_only_meet_may_be_slow():
+    reports = two(*({"addresses": {"en1": f"10.0.0.{i}/24", f"en{2 + i}": f"192.168.0.{i}/30"}} for i in (1, 2)))
+    measured = [Measured(Link(1, 0, "10.0.0.1"), round_trip=9e-3, bandwidth=20e6)]
+    assert troubles(reports, hosts=JACCL_OF_TWO, backend="jaccl", measured=measured) == []
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Cables
 
