@@ -25,6 +25,7 @@ from typing import Any
 from m3dist.cluster.report import HostReport
 
 GIB = 2**30
+ABOUT = {"m3dist version": "0.1.0", "m3dist build": "0123456789ab", "mlx version": "0.32.4"}
 
 
 def domain(name: str, receptacle: int) -> str:
@@ -92,7 +93,7 @@ def mac(
         "user": "me",
         "python": {"path": "/Users/me/venv/bin/python3", "version": "3.12.11"},
         "packages": {"m3dist": "0.1.0", "mlx": "0.32.4", "mlx-metal": "0.32.4", "numpy": "2.4.6"},
-        "build": "0123456789ab",
+        "about": ABOUT,
         "environ": {},
         "directory": {"path": "/Users/me", "problem": None},
         "model": None,

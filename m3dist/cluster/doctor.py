@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from m3dist.cluster.agent import about
 from m3dist.cluster.examination import Examination, Finding, gib
 from m3dist.cluster.findings import find, works
 from m3dist.cluster.hostfile import Hostfile
@@ -50,7 +51,7 @@ def examine(hostfile: Hostfile, model: str | None = None, plan: Plan | None = No
     with Survey(hostfile, SECONDS) as survey:
         reports = survey.describe(model)
         measured = survey.measure(needed_links(backend, hostfile.hosts, reports))
-    return Examination(hostfile, backend, reports, measured, model, plan, context)
+    return Examination(hostfile, backend, reports, about(), measured, model, plan, context)
 
 
 def _plan(args: argparse.Namespace, hostfile: Hostfile) -> tuple[Plan | None, list[Finding]]:
@@ -79,6 +80,7 @@ def as_json(seen: Examination, findings: Sequence[Finding], seconds: float) -> d
         "backend": seen.backend,
         "world": seen.hostfile.world,
         "seconds": round(seconds, 3),
+        "launcher": seen.ours,
         "findings": [vars(finding) for finding in findings],
         "links": [_link_json(seen, measured) for measured in seen.measured],
         "hosts": [
@@ -123,8 +125,8 @@ def _hosts(seen: Examination) -> Table:
             continue
         free = gib(report.available) if report.available else "?"
         total = gib(report.memory) if report.memory else "?"
-        packages = report.raw["packages"]
-        versions = (report.raw["python"]["version"], packages["mlx"] or "missing", report.raw["build"])
+        its = report.raw["about"]
+        versions = (report.raw["python"]["version"], its["mlx version"] or "missing", its["m3dist build"])
         _row(table, name, which, report.system, report.chip, f"{free} of {total}", *versions)
     return table
 

@@ -1,9 +1,9 @@
 """What `m3dist doctor` has seen, and a finding made of it. No MLX."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from m3dist.cluster.hostfile import Host, Hostfile
 from m3dist.cluster.report import HostReport
@@ -35,11 +35,12 @@ class Finding:
 
 @dataclass(frozen=True)
 class Examination:
-    """All the evidence. `reports` are in the order of the hostfile's hosts."""
+    """All the evidence. `reports` are in the order of the hostfile's hosts; `ours` is agent.about() of the launcher."""
 
     hostfile: Hostfile
     backend: str
     reports: Reports
+    ours: Mapping[str, Any]
     measured: Sequence[Measured] = ()
     model: str | None = None  # as --model was given
     plan: Plan | None = None  # of that model, over all ranks

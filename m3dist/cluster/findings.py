@@ -7,7 +7,7 @@ was **not tried on a Mac**.
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from m3dist.cluster.causes import recognise
 from m3dist.cluster.examination import Examination, Finding, Look
@@ -17,7 +17,7 @@ from m3dist.cluster.findings_thunderbolt import thunderbolt_findings
 from m3dist.cluster.report import HostReport, NoAnswer
 
 OLDEST_MLX = (0, 32, 4)  # before it, some errors of the ring never reach Python, and all ranks hang
-MUST_BE_EQUAL = ("m3dist", "mlx")  # the agents and the ranks compare them
+MUST_BE_EQUAL = ("m3dist version", "m3dist build", "mlx version")  # the launcher compares them with its own
 SHOULD_BE_EQUAL = ("mlx-metal", "mlx-cpu", "mlx-cuda-12", "mlx-cuda-13", "numpy", "safetensors", "tokenizers", "jinja2")
 SSH_FAILED = 255  # ssh's exit status
 
@@ -62,45 +62,40 @@ def reachability(seen: Examination, number: int) -> Look:
 
 
 def versions(seen: Examination) -> Iterator[Finding]:
-    """Each host's versions against those that most hosts have."""
-    reports = [report for _, report in seen.reached()]
-    if not reports:
-        return
-    usual = {what: _most(_versions(report)[what] for report in reports) for what in _versions(reports[0])}
+    """What the launcher compares with its own, and the other packages with those that most hosts have."""
+    usual = [_most(versions) for versions in zip(*(_others(report) for _, report in seen.reached()))]
     for number, report in seen.reached():
-        found = list(_differences(report, usual))
+        found = [*_refused(seen, report), *_unusual(report, usual)]
         if not found:
-            has = _versions(report)
-            told = f"m3dist {has['m3dist']} ({has['m3dist build']}), mlx {has['mlx']}, Python {has['Python']}"
-            found = [Look("ok", told)]
+            told = ", ".join(f"{what} {report.raw['about'][what]}" for what in MUST_BE_EQUAL)
+            found = [Look("ok", f"{told}, Python {report.raw['python']['version']}")]
         yield from (Finding("versions", seen.names[number], *look) for look in found)
 
 
-def _versions(report: HostReport) -> dict[str, str | None]:
+def _refused(seen: Examination, report: HostReport) -> Iterator[Look]:
+    """For what the launcher refuses a host, and an MLX with which it should."""
+    mlx, pip = report.raw["about"]["mlx version"], f"there: {report.raw['python']['path']} -m pip install"
+    for what in MUST_BE_EQUAL:
+        there, here = report.raw["about"][what], seen.ours[what]
+        if there != here:
+            remedy = f"{pip} mlx=={here}" if what.startswith("mlx") else "install the same m3dist there"
+            yield Look("error", f"{what} is {there or 'none'} there, {here or 'none'} here", remedy)
+    if mlx and version_numbers(mlx) < OLDEST_MLX:
+        what = f"mlx {mlx} hangs where a peer is lost instead of saying so"
+        yield Look("error", what, f"{pip} 'mlx>={'.'.join(map(str, OLDEST_MLX))}'")
+
+
+def _others(report: HostReport) -> list[str]:
+    """Versions that should be equal: of Python, then of SHOULD_BE_EQUAL."""
     python = ".".join(report.raw["python"]["version"].split(".")[:2])
-    packages = {name: report.raw["packages"].get(name) for name in MUST_BE_EQUAL + SHOULD_BE_EQUAL}
-    return {"Python": python, "m3dist build": report.raw["build"], **packages}
+    return [python, *(report.raw["packages"].get(name) or "none" for name in SHOULD_BE_EQUAL)]
 
 
-def _differences(report: HostReport, usual: dict[str, str | None]) -> Iterator[Look]:
-    has, pip = _versions(report), f"{report.raw['python']['path']} -m pip install"
-    if has["m3dist build"] != usual["m3dist build"]:
-        what = f"its m3dist is build {has['m3dist build']}, elsewhere {usual['m3dist build']}"
-        yield Look("error", what, "install the same m3dist there: a job refuses to start")
-    for package in MUST_BE_EQUAL:
-        if has[package] != usual[package]:
-            what = f"{package} is {has[package] or 'missing'}, elsewhere {usual[package]}"
-            yield Look("error", what, f"{pip} {package}=={usual[package]}")
-    if has["mlx"] and version_numbers(has["mlx"]) < OLDEST_MLX:
-        oldest = ".".join(map(str, OLDEST_MLX))
-        what = f"mlx {has['mlx']} hangs where a peer is lost instead of saying so"
-        yield Look("error", what, f"{pip} 'mlx>={oldest}'")
-    if has["Python"] != usual["Python"]:
-        yield Look("warning", f"Python {has['Python']}, elsewhere {usual['Python']}", "use one Python on all hosts")
-    others = [package for package in SHOULD_BE_EQUAL if has[package] != usual[package]]
-    if others:
-        what = ", ".join(f"{name} {has[name] or 'missing'} (elsewhere {usual[name] or 'missing'})" for name in others)
-        yield Look("warning", what, f"{pip} the versions that the others have")
+def _unusual(report: HostReport, usual: Sequence[str]) -> Iterator[Look]:
+    named = zip(("Python", *SHOULD_BE_EQUAL), _others(report), usual)
+    differ = [f"{name} {version} (elsewhere {other})" for name, version, other in named if version != other]
+    if differ:
+        yield Look("warning", ", ".join(differ), "install the versions there that the others have")
 
 
 def alike(seen: Examination) -> Iterator[Finding]:
@@ -116,7 +111,7 @@ def alike(seen: Examination) -> Iterator[Finding]:
             yield Finding("alike", "all", level, f"{what} differ: {counted}", remedy)
 
 
-def _most(values: Iterable[str | None]) -> str | None:
+def _most(values: Iterable[str]) -> str:
     """The commonest; of several equally common, the first."""
     return Counter(values).most_common(1)[0][0]
 

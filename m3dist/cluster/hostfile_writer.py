@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from m3dist.cluster.agent import about
 from m3dist.cluster.doctor import SECONDS
 from m3dist.cluster.examination import Examination, Finding
 from m3dist.cluster.findings import reachability, works
@@ -34,7 +35,7 @@ def write(hosts: Sequence[Host], backend: str | None, output: str | None) -> int
     """Into `output`, or on standard output; what else there is to say, on standard error."""
     hostfile = Hostfile("--hosts", None, {}, tuple(hosts))
     with Survey(hostfile, SECONDS) as survey:
-        seen = Examination(hostfile, backend or "ring", survey.describe())
+        seen = Examination(hostfile, backend or "ring", survey.describe(), about())
         reports = [report for _, report in seen.reached()]
         if len(reports) < len(hosts):
             for number, name in enumerate(seen.names):
@@ -86,7 +87,7 @@ def check(path: str) -> int:
     hostfile = read_hostfile(path)
     hostfile = hostfile.with_backend(hostfile.backend or "ring")
     with Survey(hostfile, SECONDS) as survey:
-        seen = Examination(hostfile, hostfile.backend or "ring", survey.describe())
+        seen = Examination(hostfile, hostfile.backend or "ring", survey.describe(), about())
     findings = [Finding("ssh", name, *reachability(seen, number)) for number, name in enumerate(seen.names)]
     findings += [*address_findings(seen), *thunderbolt_findings(seen)]
     for finding in findings:

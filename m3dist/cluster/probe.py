@@ -29,8 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from m3dist.cluster import link
-from m3dist.cluster.agent import working_directory
-from m3dist.cluster.build import build_digest
+from m3dist.cluster.agent import about, working_directory
 from m3dist.cluster.channel import Channel, ChannelClosed, Message
 from m3dist.cluster.environment import LaunchError
 from m3dist.cluster.ssh import channel_to_launcher
@@ -137,7 +136,7 @@ def describe(
         "user": _user(),
         "python": {"path": sys.executable, "version": platform.python_version()},
         "packages": {name: _version(name) for name in PACKAGES},
-        "build": build_digest(),
+        "about": about(),
         "environ": {name: environ[name] for name in VARIABLES if name in environ},
         "directory": {"path": directory, "problem": problem},
         "model": None if model is None else find_model(model, directory, environ),

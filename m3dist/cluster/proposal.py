@@ -3,7 +3,7 @@
 Thunderbolt is read as mlx.distributed_config reads it (mlx/_distributed_utils/config.py). **Not tried on a Mac.**
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from ipaddress import IPv4Interface, IPv4Network
@@ -13,7 +13,6 @@ from m3dist.cluster.hostfile import Host, Hostfile
 from m3dist.cluster.report import LINK_LOCAL, HostReport, Interface
 from m3dist.cluster.topology import Cable, cable_addresses, cables, find_ring, free_networks, is_mesh
 
-BACKENDS = ("ring", "jaccl", "jaccl-ring", "mpi")
 LOOPBACK = "127.0.0.1"
 
 
@@ -31,6 +30,10 @@ class Proposal:
 
     candidates: Sequence[Candidate]
     notes: Sequence[str]
+
+
+def _candidate(backend: str, hosts: Iterable[Host], over: str) -> Candidate:
+    return Candidate(Hostfile("", backend, {}, tuple(hosts)), over)
 
 
 class Impossible(Exception):
@@ -51,16 +54,12 @@ class Fabric:
     def cabled(self) -> Mapping[tuple[int, int], list[Cable]]:
         return cables(self.reports)
 
-    @cached_property
     def networks(self) -> "list[Network]":
-        return sorted(_networks(self.reports), key=lambda network: (network.wifi, -network.speed))
-
-    @property
-    def meeting_place(self) -> "Network":
-        """The best network on which all hosts are. Raises Impossible."""
-        if not self.networks:
+        """Those on which all hosts are, the best first. Raises Impossible where there is none."""
+        found = sorted(_networks(self.reports), key=lambda network: (network.wifi, -network.speed))
+        if not found:
             raise Impossible("no network has an address of every host: connect them, or ask `m3dist doctor`")
-        return self.networks[0]
+        return found
 
     def ring(self) -> list[int]:
         """The order in which cables form a ring. Raises Impossible."""
@@ -68,9 +67,6 @@ class Fabric:
         if order is None:
             raise Impossible("the Thunderbolt cables do not form a ring of all hosts")
         return order
-
-    def candidate(self, backend: str, hosts: Sequence[Host], over: str) -> Candidate:
-        return Candidate(Hostfile("", backend, {}, tuple(hosts)), over)
 
 
 def propose(hosts: Sequence[Host], reports: Sequence[HostReport], backend: str | None = None) -> Proposal:
@@ -142,15 +138,13 @@ def _preference(place: tuple[Interface, IPv4Interface]) -> tuple[bool, int]:
 def _ring(fabric: Fabric, backend: str) -> list[Candidate]:
     """The ring, or MPI, over each common network. Raises Impossible."""
     if all(host.local for host in fabric.hosts):
-        alone = [replace(host, ips=(LOOPBACK,)) for host in fabric.hosts]
-        return [fabric.candidate(backend, alone, "this machine alone")]
-    assert fabric.meeting_place
-    return [
-        fabric.candidate(
-            backend, [replace(h, ips=(ip,)) for h, ip in zip(fabric.hosts, network.addresses)], str(network)
-        )
-        for network in fabric.networks
-    ]
+        alone = (replace(host, ips=(LOOPBACK,)) for host in fabric.hosts)
+        return [_candidate(backend, alone, "this machine alone")]
+    found = []
+    for network in fabric.networks():
+        hosts = (replace(host, ips=(ip,)) for host, ip in zip(fabric.hosts, network.addresses))
+        found.append(_candidate(backend, hosts, str(network)))
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -171,7 +165,7 @@ def _thunderbolt(fabric: Fabric, _: str) -> list[Candidate]:
         ips[pair[1]] = tuple(ip for ip in found if ip)
         if len(ips[pair[1]]) < wires:
             raise Impossible(_commands(fabric, pairs))
-    return [fabric.candidate("ring", [replace(fabric.hosts[i], ips=ips[i]) for i in order], "Thunderbolt")]
+    return [_candidate("ring", (replace(fabric.hosts[i], ips=ips[i]) for i in order), "Thunderbolt")]
 
 
 def _far_address(fabric: Fabric, pair: tuple[int, int], cable: Cable) -> str | None:
@@ -219,10 +213,10 @@ def _jaccl(fabric: Fabric, backend: str) -> list[Candidate]:
         missing = "; ".join(f"{fabric.hosts[i].ssh} and {fabric.hosts[j].ssh}" for i, j in pairs)
         raise Impossible(f"it needs a cable between any two Macs, and finds none between {missing}")
     order = list(range(count)) if backend == "jaccl" else fabric.ring()
-    meet = fabric.meeting_place
+    meet = fabric.networks()[0]
     rows = _devices(fabric, order, whole=backend == "jaccl")
-    hosts = [replace(fabric.hosts[i], ips=(meet.addresses[i],), rdma=tuple(row)) for i, row in zip(order, rows)]
-    return [fabric.candidate(backend, hosts, f"Thunderbolt RDMA; its ranks meet on {meet}")]
+    hosts = (replace(fabric.hosts[i], ips=(meet.addresses[i],), rdma=tuple(row)) for i, row in zip(order, rows))
+    return [_candidate(backend, hosts, f"Thunderbolt RDMA; its ranks meet on {meet}")]
 
 
 def _devices(fabric: Fabric, order: Sequence[int], whole: bool) -> list[list[Any]]:

@@ -4,7 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
-from macs import GIB, MESH, RING, changed, four, mac, output, two
+from macs import ABOUT, GIB, MESH, RING, changed, four, mac, output, two
 
 from m3dist.cluster.examination import Examination, Finding
 from m3dist.cluster.findings import find, works
@@ -27,7 +27,8 @@ def examined(reports, hosts=RING_OF_TWO, backend="ring", measured=None, **others
     """All links measured and fast, unless given."""
     links = needed_links(backend, hosts, reports)
     measured = [Measured(link, **FAST) for link in links] if measured is None else measured
-    return Examination(Hostfile("hosts.json", backend, {}, tuple(hosts)), backend, reports, measured, **others)
+    others = {"ours": ABOUT, "measured": measured} | others
+    return Examination(Hostfile("hosts.json", backend, {}, tuple(hosts)), backend, reports, **others)
 
 
 def findings(reports, **others) -> list[Finding]:
@@ -125,18 +126,27 @@ def test_hosts_with_one_name_are_told_apart():
 # Versions
 
 
-def packages(**versions: str | None) -> dict:
-    return {"packages": mac("mac").raw["packages"] | {name.replace("_", "-"): v for name, v in versions.items()}}
+def packages(**versions: str) -> dict:
+    return {"packages": mac("mac").raw["packages"] | versions}
+
+
+def about(**values: str | None) -> dict:
+    return {"about": ABOUT | {name.replace("_", " "): value for name, value in values.items()}}
 
 
 @pytest.mark.parametrize(
     "second, level, seen, remedy",
     [
-        ({"build": "ba9876543210"}, "error", "build ba9876543210, elsewhere 0123456789ab", "install the same m3dist"),
-        (packages(mlx="0.33.0"), "error", "mlx is 0.33.0, elsewhere 0.32.4", "-m pip install mlx==0.32.4"),
-        (packages(mlx=None), "error", "mlx is missing", "/Users/me/venv/bin/python3 -m pip install mlx==0.32.4"),
-        (packages(numpy="2.3.0"), "warning", "numpy 2.3.0 (elsewhere 2.4.6)", "pip install"),
-        ({"python": {"path": "p", "version": "3.14.0"}}, "warning", "Python 3.14, elsewhere 3.12", "one Python"),
+        (
+            about(m3dist_build="ba9876543210"),
+            "error",
+            "m3dist build is ba9876543210 there, 0123456789ab here",
+            "install the",
+        ),
+        (about(mlx_version="0.33.0"), "error", "mlx version is 0.33.0 there, 0.32.4 here", "pip install mlx==0.32.4"),
+        (about(mlx_version=None), "error", "mlx version is none there", "/Users/me/venv/bin/python3 -m pip install"),
+        (packages(numpy="2.3.0"), "warning", "numpy 2.3.0 (elsewhere 2.4.6)", "install the versions"),
+        ({"python": {"path": "p", "version": "3.14.0"}}, "warning", "Python 3.14 (elsewhere 3.12)", "install"),
     ],
 )
 def test_a_host_that_differs_from_most(second, level, seen, remedy):
@@ -147,9 +157,18 @@ def test_a_host_that_differs_from_most(second, level, seen, remedy):
     assert finding.host == "mac3" and seen in finding.seen and remedy in finding.remedy
 
 
+def test_hosts_that_agree_but_not_with_the_launcher():
+    """It may be none of them; it refuses them all the same."""
+    found = findings(two(), ours={**ABOUT, "m3dist build": "ba9876543210"})
+    assert [(f.host, f.seen) for f in found if f.level == "error"] == [
+        ("mac1", "m3dist build is 0123456789ab there, ba9876543210 here"),
+        ("mac2", "m3dist build is 0123456789ab there, ba9876543210 here"),
+    ]
+
+
 def test_an_mlx_that_hangs():
-    reports = two(packages(mlx="0.32.0"), packages(mlx="0.32.0"))
-    assert ("versions", "mac1", "error") in troubles(reports) and ("versions", "mac2", "error") in troubles(reports)
+    reports, ours = two(about(mlx_version="0.32.0"), about(mlx_version="0.32.0")), ABOUT | {"mlx version": "0.32.0"}
+    assert troubles(reports, ours=ours) == [("versions", "mac1", "error"), ("versions", "mac2", "error")]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -42,7 +42,7 @@ def test_everything_is_plain(report):
 def test_this_machine(report):
     read = HostReport(report)
     assert report["platform"] == sys.platform and report["python"]["path"] == sys.executable
-    assert report["packages"]["numpy"] and len(report["build"]) == 12
+    assert report["packages"]["numpy"] and len(report["about"]["m3dist build"]) == 12
     assert report["environ"]["HF_HOME"] == "/models"
     assert report["directory"] == {"path": os.getcwd(), "problem": None}
     assert report["addresses"] == {"127.0.0.1": None, "192.0.2.1": "EADDRNOTAVAIL"}

@@ -87,7 +87,7 @@ def test_json_holds_the_evidence():
     assert link["address"] == "127.0.0.1" and link["round_trip"] > 0 and link["bandwidth"] > 1e6
     reports = [HostReport(each["report"], each["skew"]) for each in told["hosts"]]
     hostfile = Hostfile("-n 2", "ring", {}, (host("127.0.0.1", ranks=2),))
-    again = [vars(f) for f in find(Examination(hostfile, "ring", reports))]
+    again = [vars(f) for f in find(Examination(hostfile, "ring", reports, told["launcher"]))]
     assert again == [f for f in told["findings"] if f["check"] != "links"]
 
 
