@@ -73,7 +73,7 @@ def parse(line: bytes) -> Message:
     """The message in a line. Raises ChannelClosed where there is none: nothing sensible can follow."""
     try:
         message = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         message = None
     if not isinstance(message, dict):
         raise ChannelClosed(f"not a message: {line[:80]!r}")

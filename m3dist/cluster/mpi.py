@@ -29,7 +29,7 @@ from m3dist.cluster.ssh import HOSTS, TAIL
 
 CONTROL, SECRET = "M3DIST_CONTROL", "M3DIST_SECRET"  # where the launcher listens, and what both know
 HANDSHAKE = 10.0  # seconds
-STRANGERS = 64  # connections that may be in their handshake at once
+STRANGERS = 64  # connections that may be in their handshake at once; ours take milliseconds
 END_GRACE = 2.0  # seconds that mpirun may take to end after its agents
 
 # Several ranks may share a core: they must not spin, and a rank computes and communicates in two threads. Every daemon
@@ -63,7 +63,7 @@ class Mpirun:
         self._secret = secrets.token_hex(32)
         self._arrived: dict[int, Channel] = {}
         self._changed = threading.Condition()
-        self._strangers = threading.BoundedSemaphore(STRANGERS)
+        self._strangers: deque[socket.socket] = deque()
         try:
             self._listen(hosts)
             self._start(hosts, module)
@@ -137,10 +137,16 @@ class Mpirun:
         with suppress(OSError):  # closed
             while True:
                 connection, _ = listener.accept()
-                if self._strangers.acquire(blocking=False):
-                    threading.Thread(target=self._meet, args=(connection,), daemon=True).start()
-                else:
-                    connection.close()
+                self._admit(connection)
+                threading.Thread(target=self._meet, args=(connection,), daemon=True).start()
+
+    def _admit(self, connection: socket.socket) -> None:
+        """Where there are too many, the one that has said nothing for longest must go: it keeps ours out."""
+        with self._changed:
+            self._strangers.append(connection)
+            if len(self._strangers) > STRANGERS:
+                with suppress(OSError):  # it has just gone
+                    self._strangers.popleft().shutdown(socket.SHUT_RDWR)  # _meet closes it
 
     def _meet(self, connection: socket.socket) -> None:
         try:
@@ -149,7 +155,8 @@ class Mpirun:
             connection.close()
             return
         finally:
-            self._strangers.release()
+            with self._changed, suppress(ValueError):
+                self._strangers.remove(connection)
         with self._changed:
             if rank in self._arrived:
                 connection.close()
@@ -241,7 +248,12 @@ def own_addresses(hosts: Sequence[Host]) -> list[str]:
 
 
 def proof(secret: str, side: str, *words: str) -> str:
-    return hmac.new(secret.encode(), " ".join((side, *words)).encode(), "sha256").hexdigest()
+    return hmac.new(secret.encode(), as_data(" ".join((side, *words))), "sha256").hexdigest()
+
+
+def as_data(text: str) -> bytes:
+    """Any text that JSON can hold."""
+    return text.encode(errors="surrogatepass")
 
 
 def challenge(connection: socket.socket, secret: str) -> int:
@@ -254,7 +266,7 @@ def challenge(connection: socket.socket, secret: str) -> int:
     rank, theirs, said = (answer.get(name) for name in ("rank", "challenge", "proof"))
     if not isinstance(rank, int) or not isinstance(theirs, str) or not isinstance(said, str):
         raise ChannelClosed("no answer to a challenge")
-    if not hmac.compare_digest(said.encode(), proof(secret, "agent", ours, theirs, str(rank)).encode()):
+    if not hmac.compare_digest(as_data(said), as_data(proof(secret, "agent", ours, theirs, str(rank)))):
         raise ChannelClosed("a wrong answer to a challenge")
     channel.send({"proof": proof(secret, "launcher", theirs, ours)})
     connection.settimeout(None)
@@ -283,7 +295,7 @@ def _answer(connection: socket.socket, secret: str, rank: int) -> Channel:
     theirs, ours = (channel.receive(HANDSHAKE) or {}).get("challenge"), secrets.token_hex(16)
     channel.send({"rank": rank, "challenge": ours, "proof": proof(secret, "agent", str(theirs), ours, str(rank))})
     said = (channel.receive(HANDSHAKE) or {}).get("proof")
-    if not hmac.compare_digest(str(said).encode(), proof(secret, "launcher", ours, str(theirs)).encode()):
+    if not hmac.compare_digest(as_data(str(said)), as_data(proof(secret, "launcher", ours, str(theirs)))):
         raise ChannelClosed("it is not our launcher that listens there")
     connection.settimeout(None)
     connection.detach()
