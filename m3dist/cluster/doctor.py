@@ -111,7 +111,7 @@ def as_tables(seen: Examination, findings: Sequence[Finding], seconds: float) ->
         yield _links(seen)
     yield from _findings(findings)
     errors = sum(finding.level == "error" for finding in findings)
-    verdict = f"A launch would not work: {errors} of these are errors" if errors else "A launch would work"
+    verdict = f"A launch would not work; errors: {errors}" if errors else "A launch would work"
     yield Text(f"{verdict}. Asked in {seconds:.1f} s.", style=COLOURS["error" if errors else "ok"])
 
 

@@ -18,10 +18,9 @@ def mlx_works(seen: Examination, number: int, report: HostReport) -> Iterator[Lo
     python, backend = report.raw["python"]["path"], seen.backend.removesuffix("-ring")  # jaccl-ring is jaccl's
     if not report.mlx:
         said = report.raw["outputs"].get("mlx", {}).get("error", "").strip().splitlines()
-        advice = (
-            f"{python} -m pip install --upgrade mlx" if report.mac else "pip install 'm3dist[cpu]' or 'm3dist[cuda]'"
-        )
-        yield Look("error", f"MLX does not start there: {said[-1] if said else 'no answer'}", f"there: {advice}")
+        package = "mlx" if report.mac else "'m3dist[cpu]', or with an NVIDIA GPU 'm3dist[cuda]'"
+        what = f"MLX does not start there: {said[-1] if said else 'no answer'}"
+        yield Look("error", what, f"there: {python} -m pip install --upgrade {package}")
     elif report.mac and not report.mlx["metal"]:
         advice = f"install an arm64 Python; {python} -m pip install --upgrade mlx mlx-metal"
         yield Look("error", "MLX has no Metal there: it would compute on the CPU", advice)
