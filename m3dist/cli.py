@@ -272,7 +272,7 @@ def doctor(parser: argparse.ArgumentParser, args: argparse.Namespace, argv: list
     hostfile = hosts_of(parser, args)
     if args.weights and len(args.weights) != hostfile.world:
         parser.error(f"argument --weights: needs one number for each of the {hostfile.world} ranks")
-    from m3dist.cluster.doctor import main as doctor_main
+    from m3dist.doctor.program import main as doctor_main
 
     return doctor_main(args, hostfile)
 
@@ -281,7 +281,7 @@ def hostfile(parser: argparse.ArgumentParser, args: argparse.Namespace, argv: li
     """Write a hostfile for --hosts, or check one."""
     if args.check and (args.output or args.backend):
         parser.error("argument --check: not allowed with -o or --backend, which are for --hosts")
-    from m3dist.cluster.hostfile_writer import main as hostfile_main
+    from m3dist.doctor.hostfile_writer import main as hostfile_main
 
     return hostfile_main(args)
 

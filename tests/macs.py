@@ -22,7 +22,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from m3dist.cluster.report import HostReport
+from m3dist.doctor.report import HostReport
 
 GIB = 2**30
 ABOUT = {"m3dist version": "0.1.0", "m3dist build": "0123456789ab", "mlx version": "0.32.4"}

@@ -6,12 +6,12 @@ from dataclasses import replace
 import pytest
 from macs import ABOUT, GIB, MESH, RING, changed, four, mac, output, two
 
-from m3dist.cluster.examination import Examination, Finding
-from m3dist.cluster.findings import find, works
 from m3dist.cluster.hostfile import Host, Hostfile
-from m3dist.cluster.report import HostReport, NoAnswer
-from m3dist.cluster.survey import Measured
-from m3dist.cluster.topology import Link, needed_links
+from m3dist.doctor.examination import Examination, Finding
+from m3dist.doctor.findings import find, works
+from m3dist.doctor.report import HostReport, NoAnswer
+from m3dist.doctor.survey import Measured
+from m3dist.doctor.topology import Link, needed_links
 from m3dist.plan import make_plan
 from m3dist.plan_report import inventory_of
 

@@ -7,9 +7,9 @@ from macs import MESH, RING, four, mac, two
 from mlx._distributed_utils.common import Hostfile as MlxHostfile
 
 from m3dist.cluster.hostfile import Host, read_hostfile
-from m3dist.cluster.hostfile_writer import as_text
-from m3dist.cluster.proposal import Proposal, propose
-from m3dist.cluster.report import HostReport
+from m3dist.doctor.hostfile_writer import as_text
+from m3dist.doctor.proposal import Proposal, propose
+from m3dist.doctor.report import HostReport
 
 
 def hosts(count: int) -> list[Host]:

@@ -27,7 +27,7 @@ ORDER = [
     {"m3dist.cache", "m3dist.sample"},
     {"m3dist.model"},
     {"m3dist.loader", "m3dist.engine", "m3dist.text", "m3dist.cluster"},
-    {"m3dist.rank"},
+    {"m3dist.rank", "m3dist.doctor"},
     {"m3dist.generate"},
     {"m3dist.bench"},
     {"m3dist.measured"},

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from m3dist.cluster import link, probe
-from m3dist.cluster.report import HostReport
+from m3dist.doctor import link, probe
+from m3dist.doctor.report import HostReport
 
 SECRET = "a secret of the measurement"
 DEADLINE = 20.0
@@ -52,7 +52,7 @@ def test_this_machine(report):
 
 
 def test_it_imports_no_mlx():
-    program = "import sys, m3dist.cluster.probe; print('mlx' in sys.modules)"
+    program = "import sys, m3dist.doctor.probe; print('mlx' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", program], text=True) == "False\n"
 
 

@@ -6,8 +6,8 @@ from ipaddress import IPv4Interface
 import pytest
 from macs import GIB, MESH, changed, domain, drive, four, mac, two
 
-from m3dist.cluster.report import Device, HostReport, Interface, Port
-from m3dist.cluster.topology import cables, find_ring, is_mesh, rounds
+from m3dist.doctor.report import Device, HostReport, Interface, Port
+from m3dist.doctor.topology import cables, find_ring, is_mesh, rounds
 
 # ---------------------------------------------------------------------------------------------------------------------
 # macOS
@@ -172,7 +172,7 @@ def test_meshes_and_rings():
 
 
 def test_a_machine_has_one_link_at_a_time():
-    from m3dist.cluster.topology import Link
+    from m3dist.doctor.topology import Link
 
     links = [Link(i, (i + 1) % 5, "10.0.0.1") for i in range(5)]
     groups = rounds(links, list(range(5)))

@@ -11,13 +11,13 @@ from pathlib import Path
 import psutil
 import pytest
 
-from m3dist.cluster import survey
-from m3dist.cluster.doctor import as_json, examine
-from m3dist.cluster.examination import Examination, Finding
-from m3dist.cluster.findings import find
 from m3dist.cluster.hostfile import Host, Hostfile, read_hostfile
-from m3dist.cluster.report import HostReport, NoAnswer
-from m3dist.cluster.survey import Survey
+from m3dist.doctor import survey
+from m3dist.doctor.examination import Examination, Finding
+from m3dist.doctor.findings import find
+from m3dist.doctor.program import as_json, examine
+from m3dist.doctor.report import HostReport, NoAnswer
+from m3dist.doctor.survey import Survey
 
 ROOT = Path(__file__).parents[2]
 DEADLINE = 40.0

@@ -11,16 +11,16 @@ from dataclasses import replace
 from typing import Any
 
 from m3dist.cluster.agent import about
-from m3dist.cluster.doctor import SECONDS
-from m3dist.cluster.examination import Examination, Finding
-from m3dist.cluster.findings import reachability, works
-from m3dist.cluster.findings_network import address_findings
-from m3dist.cluster.findings_thunderbolt import thunderbolt_findings
 from m3dist.cluster.hostfile import Host, Hostfile, read_hostfile
-from m3dist.cluster.proposal import Candidate, propose
-from m3dist.cluster.report import HostReport
-from m3dist.cluster.survey import Survey
-from m3dist.cluster.topology import needed_links
+from m3dist.doctor.examination import Examination, Finding
+from m3dist.doctor.findings import reachability, works
+from m3dist.doctor.findings_network import address_findings
+from m3dist.doctor.findings_thunderbolt import thunderbolt_findings
+from m3dist.doctor.program import SECONDS
+from m3dist.doctor.proposal import Candidate, propose
+from m3dist.doctor.report import HostReport
+from m3dist.doctor.survey import Survey
+from m3dist.doctor.topology import needed_links
 
 
 def main(args: argparse.Namespace) -> int:

@@ -12,12 +12,12 @@ from rich.table import Table
 from rich.text import Text
 
 from m3dist.cluster.agent import about
-from m3dist.cluster.examination import Examination, Finding, gib
-from m3dist.cluster.findings import find, works
 from m3dist.cluster.hostfile import Hostfile
-from m3dist.cluster.report import HostReport
-from m3dist.cluster.survey import Measured, Survey
-from m3dist.cluster.topology import needed_links
+from m3dist.doctor.examination import Examination, Finding, gib
+from m3dist.doctor.findings import find, works
+from m3dist.doctor.report import HostReport
+from m3dist.doctor.survey import Measured, Survey
+from m3dist.doctor.topology import needed_links
 from m3dist.errors import M3Error
 from m3dist.plan import Plan, plan_world
 from m3dist.plan_report import inventory_of

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from ipaddress import IPv4Interface, IPv4Network
 
 from m3dist.cluster.hostfile import Host
-from m3dist.cluster.report import HostReport, Interface, NoAnswer, Port
+from m3dist.doctor.report import HostReport, Interface, NoAnswer, Port
 
 Reports = Sequence[HostReport | NoAnswer]
 

@@ -3,10 +3,10 @@
 from collections.abc import Iterator
 from ipaddress import IPv4Address
 
-from m3dist.cluster.examination import Examination, Finding, Look
-from m3dist.cluster.report import LINK_LOCAL, HostReport, NoAnswer
-from m3dist.cluster.survey import Measured
-from m3dist.cluster.topology import Link, cables, needed_links
+from m3dist.doctor.examination import Examination, Finding, Look
+from m3dist.doctor.report import LINK_LOCAL, HostReport, NoAnswer
+from m3dist.doctor.survey import Measured
+from m3dist.doctor.topology import Link, cables, needed_links
 
 SLOW_TRIP = 1e-3  # seconds; 0.3 ms is usual over Thunderbolt (jeffgeerling.com 2025-12), Wi-Fi needs 5 and more
 SLOW_CABLE = 1e9  # bytes/s over Thunderbolt; 26 Gbit/s are reported of Thunderbolt 5 (exo #2117)

@@ -5,9 +5,9 @@ Of these, users of mlx, exo and omlx have reported most: mlx #3207, #3467, #3777
 
 from collections.abc import Iterator
 
-from m3dist.cluster.examination import Examination, Finding, Look
-from m3dist.cluster.report import Device, HostReport
-from m3dist.cluster.topology import Cable, cables, find_ring
+from m3dist.doctor.examination import Examination, Finding, Look
+from m3dist.doctor.report import Device, HostReport
+from m3dist.doctor.topology import Cable, cables, find_ring
 from m3dist.machines import LARGEST_MESH
 
 OLDEST_RDMA, LARGE_FRAMES = (26, 2), (26, 3)  # macOS

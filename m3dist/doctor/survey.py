@@ -16,9 +16,9 @@ from typing import Any, TypeVar
 from m3dist.cluster.channel import ChannelClosed, Message
 from m3dist.cluster.environment import LaunchError
 from m3dist.cluster.hostfile import Host, Hostfile
-from m3dist.cluster.report import HostReport, NoAnswer
 from m3dist.cluster.ssh import Remote
-from m3dist.cluster.topology import Link, rounds
+from m3dist.doctor.report import HostReport, NoAnswer
+from m3dist.doctor.topology import Link, rounds
 
 GREETING = 13.0  # seconds; ssh gives up connecting after 10
 DESCRIBING = 12.0  # seconds; a command on a host has 8
@@ -90,7 +90,7 @@ class Survey:
     def _greet(self, host: Host) -> "_Asked | NoAnswer":
         remote = None
         try:
-            remote = Remote(host, "m3dist.cluster.probe")
+            remote = Remote(host, "m3dist.doctor.probe")
             remote.greet(min(GREETING, self.end - time.monotonic()))
             return _Asked(remote, self.end)
         except LaunchError as error:

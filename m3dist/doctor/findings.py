@@ -10,11 +10,11 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
 from m3dist.cluster.causes import recognise
-from m3dist.cluster.examination import Examination, Finding, Look
-from m3dist.cluster.findings_host import HOST_CHECKS
-from m3dist.cluster.findings_network import address_findings, firewall, link_findings
-from m3dist.cluster.findings_thunderbolt import thunderbolt_findings
-from m3dist.cluster.report import HostReport, NoAnswer
+from m3dist.doctor.examination import Examination, Finding, Look
+from m3dist.doctor.findings_host import HOST_CHECKS
+from m3dist.doctor.findings_network import address_findings, firewall, link_findings
+from m3dist.doctor.findings_thunderbolt import thunderbolt_findings
+from m3dist.doctor.report import HostReport, NoAnswer
 
 OLDEST_MLX = (0, 32, 4)  # before it, some errors of the ring never reach Python, and all ranks hang
 MUST_BE_EQUAL = ("m3dist version", "m3dist build", "mlx version")  # the launcher compares them with its own

@@ -10,8 +10,8 @@ from ipaddress import IPv4Interface, IPv4Network
 from typing import Any
 
 from m3dist.cluster.hostfile import Host, Hostfile
-from m3dist.cluster.report import LINK_LOCAL, HostReport, Interface
-from m3dist.cluster.topology import Cable, cable_addresses, cables, find_ring, free_networks, is_mesh
+from m3dist.doctor.report import LINK_LOCAL, HostReport, Interface
+from m3dist.doctor.topology import Cable, cable_addresses, cables, find_ring, free_networks, is_mesh
 
 LOOPBACK = "127.0.0.1"
 

@@ -3,8 +3,8 @@
 import re
 from collections.abc import Callable, Iterator, Mapping
 
-from m3dist.cluster.examination import Examination, Look, gib
-from m3dist.cluster.report import HostReport
+from m3dist.doctor.examination import Examination, Look, gib
+from m3dist.doctor.report import HostReport
 from m3dist.errors import PlanError
 from m3dist.metal import ACTIVATIONS, fast_synch_risk, wiring
 

@@ -6,9 +6,9 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from m3dist.cluster.hostfile import Host, Hostfile
-from m3dist.cluster.report import HostReport
-from m3dist.cluster.survey import Measured, machine
-from m3dist.cluster.topology import Reports
+from m3dist.doctor.report import HostReport
+from m3dist.doctor.survey import Measured, machine
+from m3dist.doctor.topology import Reports
 from m3dist.plan import Plan
 
 GIB = 2**30

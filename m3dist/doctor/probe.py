@@ -1,6 +1,6 @@
 """What a host says about itself: its part of `m3dist doctor` and `m3dist hostfile`. Runs on the host. No MLX.
 
-`python -m m3dist.cluster.probe`, started by survey.py through ssh.Remote. It interprets nothing: what its answers mean,
+`python -m m3dist.doctor.probe`, started by survey.py through ssh.Remote. It interprets nothing: what its answers mean,
 report.py reads. Each question has a thread, and its number stands in the answers. Questions, and what they are told:
 
     clock                                           clock (seconds since 1970)
@@ -28,11 +28,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from m3dist.cluster import link
 from m3dist.cluster.agent import about, working_directory
 from m3dist.cluster.channel import Channel, ChannelClosed, Message
 from m3dist.cluster.environment import LaunchError
 from m3dist.cluster.ssh import channel_to_launcher
+from m3dist.doctor import link
 
 SILENCE = 60.0  # seconds
 LIMIT = 8.0  # seconds that a command may take
