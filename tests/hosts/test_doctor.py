@@ -88,10 +88,10 @@ def test_a_host_that_falls_silent(net):
     net.host(0).path("/root/hosts.json").write_text(json.dumps({"backend": "ring", "hosts": hosts}))
     command = [net.host(0).python, "-m", "m3dist", "doctor", "--hostfile", "/root/hosts.json", "--json"]
     process = net.popen(0, command, stdout=PIPE)
-    net.wait_for(2, "m3dist.cluster.probe")
-    net.freeze(2, "m3dist.cluster.probe")
+    net.wait_for(2, "m3dist.doctor.probe")
+    net.freeze(2, "m3dist.doctor.probe")
     out, _ = process.communicate(timeout=LIMIT)
-    net.kill(2, "m3dist.cluster.probe")
+    net.kill(2, "m3dist.doctor.probe")
     told = json.loads(out)
     assert process.returncode == 1
     assert (error(told)["check"], error(told)["host"]) == ("ssh", net.host(2).address)
