@@ -26,7 +26,7 @@ from m3dist.progress import LoadingBar, Progress
 from m3dist.watchdog import EXIT_PEER_LOST, Watchdog, end_process, seconds
 
 # Seconds a rank may go without finishing anything, before it ends itself: until every rank has joined; and for loading
-# one tensor, one prefill chunk or one decode step (the first of which compiles kernels).
+# one tensor, one prefill chunk (two that take turns, on Macs) or one decode step (the first of which compiles kernels).
 START_LIMIT = seconds("M3DIST_START_LIMIT", 60.0)
 STEP_LIMIT = seconds("M3DIST_STEP_LIMIT", 120.0)
 WAIT_LIMIT = 1800.0  # for ranks that load from a slower disk
