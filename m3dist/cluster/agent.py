@@ -6,7 +6,7 @@ the launcher is gone or silent, it ends its ranks. What it is told and what it t
     told    ports [{ip, ...} a rank]                       tells   ports [[port, ...] a rank]
             start [{rank, command, env, files, cwd, ours}]         started rank
             input text or null (the end)                           output rank, stream, data;  taken (input)
-            shown (bytes of output)                                up rank, phase (of a kind that is new for the rank)
+            shown (bytes of output), perhaps unread rank           up rank, phase (of a kind that is new for the rank)
             ping                                                   pong
             end "gently" or "now"                                  stalled rank, phase, seconds, state
                                                                    exit rank, code, phase, peak, ordered
@@ -98,6 +98,7 @@ class Agent:
         self.ranks: dict[int, Rank] = {}
         self.running: set[int] = set()
         self.window = Window(WINDOW)
+        self.unread: set[int | None] = set()  # ranks whose standard output nobody reads any more
         self.input: SimpleQueue[bytes | None] = SimpleQueue()
         self.scratch: Path | None = None
         self.kill_at: float | None = None  # set while ending
@@ -150,6 +151,7 @@ class Agent:
             self._tell({"pong": event["ping"]})
         elif "shown" in event:
             self.window.give(event["shown"])
+            self.unread.add(event.get("unread"))
         elif "input" in event:
             self.input.put(None if event["input"] is None else as_bytes(event["input"]))
         elif "end" in event:
@@ -267,6 +269,9 @@ class Agent:
         while data := os.read(pipe.fileno(), CHUNK):
             self.window.take(len(data))
             self._tell({"output": number, "stream": stream, "data": as_text(data)})
+            if number in self.unread and stream == STREAMS["stdout"]:
+                pipe.close()  # as whoever would have read it did: the rank learns it when it writes
+                return
 
     def _feed(self, stdin: IO[bytes]) -> None:
         """Give the rank its standard input, to the end of it. One that reads no more gets no more."""

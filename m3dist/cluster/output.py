@@ -11,6 +11,7 @@ from typing import IO
 from m3dist.cluster.channel import Message, as_bytes
 
 TAIL = 20  # lines of each rank's standard error that are kept
+LONGEST = 2**16  # bytes of a line; of a longer one, such as a progress bar's, no end is in sight
 STDOUT, STDERR = 1, 2
 
 
@@ -27,25 +28,28 @@ class Output:
         self.streams = {STDOUT: stdout or sys.stdout.buffer, STDERR: stderr or sys.stderr.buffer}
         self._unfinished: dict[tuple[int, int], bytes] = defaultdict(bytes)
         self._tails: dict[int, deque[bytes]] = defaultdict(lambda: deque(maxlen=TAIL))
-        self._queue: SimpleQueue[tuple[int, bytes, Callable[[], None]]] = SimpleQueue()
-        self._written = threading.Semaphore(0)
+        self._queue: SimpleQueue[tuple[int, bytes, Callable[[bool], None]]] = SimpleQueue()
         threading.Thread(target=self._write, daemon=True).start()
 
-    def add(self, message: Message, shown: Callable[[int], None]) -> None:
-        """Show an agent's {output: rank, stream, data}; `shown` is called with the number of bytes once they are."""
+    def add(self, message: Message, tell: Callable[[Message], None]) -> None:
+        """Show an agent's {output: rank, stream, data}; it is told {shown: bytes} once they are, and {unread: rank} if
+        nobody reads what goes out as it comes."""
         rank, stream, data = message["output"], message["stream"], as_bytes(message["data"])
         raw = rank == 0 and stream == STDOUT and not self.marked
         text = data if raw else self._lines(rank, stream, data)
-        self._queue.put((self._target(rank, stream), text, lambda: shown(len(data))))
 
-    def drain(self, timeout: float = 2.0) -> None:
-        """Show what is left, lines without an end too, within `timeout` seconds."""
+        def shown(read: bool) -> None:
+            tell({"shown": len(data)} | ({"unread": rank} if raw and not read else {}))
+
+        self._queue.put((self._target(rank, stream), text, shown))
+
+    def finish(self, shown: Callable[[bool], None]) -> None:
+        """Show what is left, lines without an end too; `shown` is called once that is done."""
         for (rank, stream), rest in self._unfinished.items():
             if rest:
-                self._queue.put((self._target(rank, stream), self._line(rank, stream, rest + b"\n"), lambda: None))
+                self._queue.put((self._target(rank, stream), self._line(rank, stream, rest + b"\n"), lambda read: None))
         self._unfinished.clear()
-        self._queue.put((STDERR, b"", self._written.release))
-        self._written.acquire(timeout=timeout)
+        self._queue.put((STDERR, b"", shown))
 
     def say(self, text: str) -> None:
         """A message of the launcher's own."""
@@ -67,8 +71,9 @@ class Output:
 
     def _lines(self, rank: int, stream: int, data: bytes) -> bytes:
         *whole, rest = (self._unfinished[rank, stream] + data).split(b"\n")
-        if len(rest) > 2**16:  # no end in sight, as with a progress bar
-            whole, rest = [*whole, rest], b""
+        if len(rest) > LONGEST:
+            end = whole_characters(rest)
+            whole, rest = [*whole, rest[:end]], rest[end:]
         self._unfinished[rank, stream] = rest
         return b"".join(self._line(rank, stream, line + b"\n") for line in whole)
 
@@ -79,8 +84,15 @@ class Output:
 
     def _write(self) -> None:
         while True:
-            stream, data, written = self._queue.get()
-            with suppress(OSError, ValueError):  # nobody reads it any more: the ranks go on without
+            stream, data, shown = self._queue.get()
+            read = False
+            with suppress(OSError, ValueError):  # nobody reads it any more
                 self.streams[stream].write(data)
                 self.streams[stream].flush()
-            written()
+                read = True
+            shown(read)
+
+
+def whole_characters(data: bytes) -> int:
+    """How many bytes of `data`, UTF-8, can go out without cutting a character: perhaps the last one waits."""
+    return next((len(data) - back for back in (1, 2, 3) if data[-back] >= 0xC0), len(data))

@@ -4,6 +4,7 @@ Everything that happens (a message from an agent, a channel that closed, a signa
 main thread sleeps on it. What became of the job, judge.py decides.
 """
 
+import math
 import os
 import secrets
 import signal
@@ -32,6 +33,7 @@ from m3dist.watchdog import EXIT_NOT_STARTED, EXIT_UNREACHABLE
 
 AGENT = "m3dist.cluster.agent"
 PING = 2.0  # seconds between pings
+DRAIN = 2.0  # seconds to wait for somebody to read what a failed job printed last
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 MUST_BE_EQUAL = ("m3dist version", "m3dist build", "mlx version")
 
@@ -97,7 +99,7 @@ def run_job(job: Job, output: Output | None = None) -> int:
         stack.callback(supervisor.close)
         verdict = supervisor.run()
         supervisor.end()
-        output.drain()
+        verdict = supervisor.show_the_rest(verdict)
         supervisor.say(verdict)
     return verdict.status
 
@@ -140,6 +142,11 @@ class Interrupted:
     signal: int
 
 
+@dataclass(frozen=True)
+class Shown:
+    """Everything that the ranks printed is."""
+
+
 class _Over(Exception):
     """The job is over."""
 
@@ -152,7 +159,7 @@ class _Supervisor:
         self.job, self.output = job, output
         self.hosts = job.hosts
         self.mpirun: Mpirun | None = None
-        self.events: SimpleQueue[Told | Gone | Interrupted] = SimpleQueue()
+        self.events: SimpleQueue[Told | Gone | Interrupted | Shown] = SimpleQueue()
         self.seen = Evidence(job.host_of, [host.ssh for host in self.hosts])
         self.heard: dict[int, float] = {}  # host -> when it last said something; only those that have
         self.seen.heard = self.heard
@@ -259,11 +266,11 @@ class _Supervisor:
                 return not_started(self.seen, silent, self.job.start_limit)
             self._next(min(found, start_limit) if silent else found)
 
-    def _next(self, until: float) -> Told | Gone | Interrupted | None:
+    def _next(self, until: float) -> Told | Gone | Interrupted | Shown | None:
         """The next event, noted; None if there is none until then. Raises _Over where it ends the job."""
         event = self._wait(until)
         if isinstance(event, Interrupted):
-            raise _Over(Verdict(128 + event.signal, f"{signal_name(event.signal)} received"))
+            raise _Over(_interrupted(event))
         if isinstance(event, Gone):
             self.ended.add(event.host)
             if not self.begun:
@@ -273,7 +280,7 @@ class _Supervisor:
             self._note(event.host, event.message)
         return event
 
-    def _wait(self, until: float) -> Told | Gone | Interrupted | None:
+    def _wait(self, until: float) -> Told | Gone | Interrupted | Shown | None:
         """The next event of all, while hosts are pinged and those that do not answer are given up."""
         while True:
             now = time.monotonic()
@@ -292,7 +299,7 @@ class _Supervisor:
     def _note(self, number: int, message: Message) -> None:
         now = self.heard[number] = time.monotonic()
         if "output" in message:
-            self.output.add(message, lambda count: self._send(number, {"shown": count}))
+            self.output.add(message, lambda answer: self._send(number, answer))
         elif "taken" in message:
             self._input.put(None)
         elif "up" in message:
@@ -331,6 +338,15 @@ class _Supervisor:
             elif isinstance(event, Told):
                 with suppress(_Over):
                     self._note(event.host, event.message)
+
+    def show_the_rest(self, verdict: Verdict) -> Verdict:
+        """Wait until what the ranks printed is read: all of it, if the job went well, however slowly."""
+        self.output.finish(lambda read: self.events.put(Shown()))
+        limit = math.inf if verdict.status == 0 else time.monotonic() + DRAIN
+        while (event := self._wait(limit)) and not isinstance(event, Shown):
+            if isinstance(event, Interrupted):
+                return verdict if verdict.status else _interrupted(event)
+        return verdict
 
     def close(self) -> None:
         """End what is left of the agents: without their channels they end by themselves."""
@@ -408,6 +424,10 @@ class _Supervisor:
             if not data:
                 return
             self._input.get()
+
+
+def _interrupted(event: Interrupted) -> Verdict:
+    return Verdict(128 + event.signal, f"{signal_name(event.signal)} received")
 
 
 @contextmanager
