@@ -1,6 +1,7 @@
 """`m3dist generate`: one prompt, one answer. Every rank runs this; rank 0 reads, tokenises, decides and prints."""
 
 import json
+import math
 import os
 import resource
 import sys
@@ -32,6 +33,7 @@ def main(options: GenerateOptions, launch: Launch) -> int:
 def _run(options: GenerateOptions, launch: Launch, watchdog: Watchdog) -> int:
     comm = join(launch, options.model, watchdog)
     directory = find(options.model, comm, watchdog)
+    watchdog.progress("reading the prompt", math.inf if options.prompt == "-" else STEP_LIMIT)  # someone may type it
     answer, request = _ask(options, directory, comm)
     began = time.perf_counter()
     cut = {"weights": options.weights, "experts": options.experts, "attention": options.attention}

@@ -125,4 +125,5 @@ def load_model(
         def planned(plan: Plan) -> None:
             keep_resident(plan, comm.rank, context)
 
+        watchdog.progress("load of the checkpoint's headers", STEP_LIMIT)
         return load(directory, comm, dtype=dtype or dtype_of_device(), planned=planned, progress=loading, **cut)
