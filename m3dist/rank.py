@@ -50,7 +50,9 @@ def run_rank(program: Callable[[Watchdog], int], launch: Launch, dtype: str | No
     watchdog = Watchdog(f"rank {launch.rank}")
     try:
         prepare_metal(launch.rank)
-        return program(watchdog)
+        status = program(watchdog)
+        watchdog.progress("exit", START_LIMIT)  # where MPI waits for the others, which may still wait for us
+        return status
     except M3Error as error:
         code = EXIT_PEER_LOST if isinstance(error, CommunicationError) else 2
         end_process(code, f"rank {launch.rank}: {error}", watchdog.abort)
