@@ -76,11 +76,15 @@ class Attention(nn.Module):
             found |= projections(x, offset)
         return found
 
-    def attend(self, heads: dict[str, mx.array], positions: Positions, cache: LayerCache) -> mx.array:
-        """Take the tokens into the cache and attend: [rows, heads, tokens, head_dim]."""
+    def remember(self, heads: dict[str, mx.array], cache: LayerCache) -> None:
+        """Take the tokens into the cache."""
         # Index keys are kept from the first token on, also while every block fits the budget: later tokens choose
         # among them all.
         cache.append(heads["k"], heads["v"], heads.get("index_k"))
+
+    def attend(self, heads: dict[str, mx.array], positions: Positions, cache: LayerCache) -> mx.array:
+        """Take the tokens into the cache and attend: [rows, heads, tokens, head_dim]."""
+        self.remember(heads, cache)
         q = heads["q"] if self._fill is None else heads["q"][:, self._fill]
         if self.is_sparse and positions.end > self.config.sparse_topk_blocks * self.config.sparse_block_size:
             out = self._sparse(q, heads["index_q"], positions, cache)

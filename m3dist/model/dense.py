@@ -2,6 +2,7 @@
 
 import mlx.core as mx
 
+from m3dist.model import cpu
 from m3dist.model.positions import Positions
 from m3dist.model.tuning import TUNING, backend, writes_scores_out
 
@@ -9,8 +10,8 @@ from m3dist.model.tuning import TUNING, backend, writes_scores_out
 def attend_causal(q: mx.array, keys: mx.array, values: mx.array, positions: Positions, scale: float) -> mx.array:
     """q [rows, heads, tokens, head_dim]; keys, values [rows, kv_heads, capacity, head_dim]. Returns q's shape, dtype.
 
-    Where MLX would write all scores out, queries come in slices, each over the keys up to its own end: 2,048 tokens
-    from the start take half the time and a seventh of the memory (CPU, float32, 32 heads over 2 KV heads).
+    Where all scores would be written out, queries come in slices, each over the keys up to its own end: half the
+    arithmetic of 2,048 tokens from the start, and little memory.
     """
     step, kind = positions.tokens, backend()
     if writes_scores_out(q.dtype, kind):
@@ -21,9 +22,16 @@ def attend_causal(q: mx.array, keys: mx.array, values: mx.array, positions: Posi
         end = max(positions.starts) + first + part.shape[2]
         # MLX evaluates breadth first: slices that do not wait for each other would all have their scores in memory.
         part = mx.depends(part, out[-1]) if out else part
-        mask: str | mx.array = "causal"
-        if not positions.aligned:
-            mask = mx.arange(end) <= positions.array[:, None, first : first + step, None]
-        seen = keys[:, :, :end], values[:, :, :end]
-        out.append(mx.fast.scaled_dot_product_attention(part, *seen, scale=scale, mask=mask))
+        out.append(_attend(part, keys[:, :, :end], values[:, :, :end], positions, first, scale))
     return out[0] if len(out) == 1 else mx.concatenate(out, axis=2)
+
+
+def _attend(q: mx.array, keys: mx.array, values: mx.array, positions: Positions, first: int, scale: float) -> mx.array:
+    """The queries from the `first` token on, over keys and values that end with the last of them."""
+    own = positions.array[:, None, first : first + q.shape[2], None]
+    if cpu.usable(q, keys, values):
+        newest = mx.arange(min(positions.starts) + first, keys.shape[2])  # all these queries see all slots before
+        grouped = q.reshape(q.shape[0], keys.shape[1], -1, *q.shape[2:])
+        return cpu.attend(grouped, keys, values, scale, newest <= own[:, None]).reshape(q.shape)
+    mask = "causal" if positions.aligned else mx.arange(keys.shape[2]) <= own
+    return mx.fast.scaled_dot_product_attention(q, keys, values, scale=scale, mask=mask)

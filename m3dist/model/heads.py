@@ -7,10 +7,10 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from m3dist.config import ModelConfig
-from m3dist.model import kernels, matvec
+from m3dist.model import kernels
 from m3dist.model.fusion import fused
 from m3dist.model.gpu import LANES, check, trusted
-from m3dist.model.products import multiply_vector
+from m3dist.model.products import multiply
 from m3dist.tensors import LEAVES
 
 
@@ -87,22 +87,8 @@ class HeadProjections:
         """[rows, tokens, hidden] -> [rows, tokens, all heads * dim]."""
         owner = self.attention
         if self._joined is None or any(owner[module][leaf] is not kept for module, leaf, kept in self._slices):
-            return mx.concatenate([owner[f"{name}_proj"](x) for name in self.names], axis=-1)
-        if "scales" not in self._joined:
-            return x @ self._joined["weight"].T
-        module = owner[f"{self.names[0]}_proj"]
-        if x.size == x.shape[-1] and matvec.usable(module, x, 1):
-            return multiply_vector(module, self._joined, x)
-        return mx.quantized_matmul(
-            x,
-            self._joined["weight"],
-            self._joined["scales"],
-            self._joined.get("biases"),
-            transpose=True,
-            group_size=module.group_size,
-            bits=module.bits,
-            mode=module.mode,
-        )
+            return mx.concatenate([multiply(owner[f"{name}_proj"], x) for name in self.names], axis=-1)
+        return multiply(owner[f"{self.names[0]}_proj"], x, self._joined)
 
     def _gains(self) -> mx.array:
         """Every normalised head's gain, float32 [heads, dim], computed once for the norms and heads it was made for:

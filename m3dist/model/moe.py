@@ -8,11 +8,12 @@ import mlx.nn as nn
 
 from m3dist.comm import Comm
 from m3dist.config import ModelConfig
-from m3dist.model import kernels, matvec
+from m3dist.model import cpu, kernels, matvec
 from m3dist.model.fusion import fused, on_gpu
 from m3dist.model.gpu import check, trusted
-from m3dist.model.grouping import in_blocks
+from m3dist.model.grouping import Blocks, in_blocks
 from m3dist.model.layers import GatedMLP, swiglu_oai
+from m3dist.model.products import multiply_blocks, pays
 
 SORT_FROM = 64  # (token, expert) pairs from which grouping them by expert pays
 
@@ -25,7 +26,9 @@ class SwitchLinear(nn.Module):
         self.weight = mx.zeros((experts, rows, columns))
 
     def __call__(self, x: mx.array, experts: mx.array, is_sorted: bool) -> mx.array:
-        """x [..., 1, in] times the matrices of experts [...] -> [..., 1, out]."""
+        """x [..., n, in] times the matrices of experts [...] -> [..., n, out]."""
+        if x.shape[-2] > 1 and cpu.usable(x):
+            return multiply_blocks(self, x, experts)
         transposed = self.weight.swapaxes(-1, -2)
         return mx.gather_mm(x, transposed, rhs_indices=experts, sorted_indices=is_sorted)
 
@@ -49,6 +52,8 @@ class QuantizedSwitchLinear(nn.Module):
             vectors, flat = x.reshape(-1, x.shape[-1]), experts.reshape(-1)
             out = matvec.matvec(vectors, self.weight, self.scales, self.biases, self.bits, self.group_size, flat)
             return out.reshape(*experts.shape, 1, -1)
+        if x.shape[-2] > 1 and cpu.usable(x):
+            return multiply_blocks(self, x, experts)
         return mx.gather_qmm(
             x,
             self.weight,
@@ -78,20 +83,31 @@ class SwitchMLP(nn.Module):
         tokens, k = experts.shape
         if tokens * k < SORT_FROM:
             return self._pairs(x.reshape(tokens, 1, 1, -1), experts, is_sorted=False).squeeze(-2)
-        if self._wants_blocks():
-            blocks = in_blocks(experts.reshape(-1), self.gate_up_proj.weight.shape[0])
-            rows = x[blocks.source // k].reshape(-1, blocks.size, x.shape[-1])
-            out = self._pairs(rows, blocks.owner, is_sorted=False)
-            return out.reshape(-1, x.shape[-1])[blocks.place].reshape(tokens, k, -1)
+        if self._wants_blocks(x, tokens * k):
+            blocks = self._blocks(experts.reshape(-1))
+            return self._pairs_in_blocks(x, blocks, blocks.source // k).reshape(tokens, k, -1)
         order = mx.argsort(experts.reshape(-1))
         out = self._pairs(_rows(x, order // k), experts.reshape(-1)[order], is_sorted=True)
         return out.squeeze(-2)[mx.argsort(order)].reshape(tokens, k, -1)
 
-    def _wants_blocks(self) -> bool:
-        """MLX's quantised product on CUDA (0.32.4) does not notice that neighbouring pairs have the same expert: it
-        reads its weights once a pair, unless the pairs come as the rows of one matrix. Metal's and the CPU's do."""
-        quantised = isinstance(self.gate_up_proj, QuantizedSwitchLinear)
-        return quantised and mx.cuda.is_available() and on_gpu()
+    def _wants_blocks(self, x: mx.array, pairs: int) -> bool:
+        """Whether so many pairs had better come as rows of one matrix an expert.
+
+        MLX's quantised product on CUDA (0.32.4) does not notice that neighbouring pairs have the same expert, and reads
+        its weights once a pair. Metal's does. On the CPU such matrices are products.py's.
+        """
+        if not on_gpu():
+            return cpu.usable(x) and pays(self.gate_up_proj, pairs / self.gate_up_proj.weight.shape[0])
+        return isinstance(self.gate_up_proj, QuantizedSwitchLinear) and mx.cuda.is_available()
+
+    def _blocks(self, experts: mx.array) -> Blocks:
+        return in_blocks(experts, self.gate_up_proj.weight.shape[0], None if on_gpu() else cpu.TILE)
+
+    def _pairs_in_blocks(self, x: mx.array, blocks: Blocks, tokens: mx.array) -> mx.array:
+        """x [all tokens, hidden], tokens [rows of blocks] -> [pairs, hidden]."""
+        rows = x[tokens].reshape(-1, blocks.size, x.shape[-1])
+        out = self._pairs(rows, blocks.owner, is_sorted=False)
+        return out.reshape(-1, x.shape[-1])[blocks.place]
 
     def _pairs(self, x: mx.array, experts: mx.array, is_sorted: bool) -> mx.array:
         hidden = swiglu_oai(self.gate_up_proj(x, experts, is_sorted), self.alpha, self.limit)
@@ -112,7 +128,10 @@ class SwitchMLP(nn.Module):
         order = mx.argsort(mx.where(mine, local, count).reshape(-1))
         order = order[: int(mine.sum().item())]
         out = mx.zeros((tokens * k, x.shape[-1]), dtype=x.dtype)
-        if order.size:
+        if order.size and not on_gpu() and self._wants_blocks(x, tokens * k):
+            blocks = self._blocks(local.reshape(-1)[order])
+            out[order] = self._pairs_in_blocks(x, blocks, order[blocks.source] // k)
+        elif order.size:
             chosen = local.reshape(-1)[order].astype(mx.uint32)
             out[order] = self._pairs(_rows(x, order // k), chosen, is_sorted=True).squeeze(-2)
         return out.reshape(tokens, k, -1)
@@ -165,6 +184,7 @@ class SparseMoeBlock(nn.Module):
         In float32 throughout: a bfloat16 router chooses other experts for some 2% of tokens. Every rank computes this
         from the same bits, so every rank chooses alike. The bias moves the choice only, not the scores.
         """
+        # By MLX in any case: numpy adds up in another order on another kind of CPU, and ranks would choose otherwise.
         run = kernels.choose_experts if trusted(self._kernel) else choose_experts
         return run(self.gate(x.astype(mx.float32)), self.e_score_correction_bias.astype(mx.float32), self.k)
 

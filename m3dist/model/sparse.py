@@ -9,6 +9,7 @@ from collections.abc import Callable
 import mlx.core as mx
 
 from m3dist.config import ModelConfig
+from m3dist.model import cpu
 from m3dist.model.tuning import TUNING, backend, writes_scores_out
 
 
@@ -38,15 +39,14 @@ def _block_scores(index_q: mx.array, index_k: mx.array, positions: mx.array, c: 
     (rows, heads, queries, dim), slots, size = index_q.shape, index_k.shape[2], c.sparse_block_size
     step = max(1, TUNING[backend()].scratch // (rows * heads * queries * size * 4)) * size
     q = index_q.reshape(rows, heads * queries, dim).astype(mx.float32)  # so that the products' sums are, too
-    # The product that a reference BLAS computes faster: 1.3 to 1.7 s at 32k slots of 1,024 queries; the other way round
-    # below 16 queries. A GPU does not mind.
+    # Keys times queries is what a CPU computes faster; the other way round below 16 queries. A GPU does not mind.
     wide = heads * queries >= 16
     q = mx.contiguous(q.swapaxes(-1, -2)) if wide else q
     best = []
     for first in range(0, slots, step):
         k = index_k[:, 0, first : first + step]
         k = mx.depends(k, best[-1]) if best else k
-        scores = k @ q if wide else (q @ k.swapaxes(-1, -2)).swapaxes(-1, -2)
+        scores = cpu.matmul(k, q) if wide else (q @ k.swapaxes(-1, -2)).swapaxes(-1, -2)
         scores = scores.reshape(rows, -1, size, heads, queries)
         if not c.sparse_local_block:  # else the own block is read whatever its score, and later ones are dropped whole
             slot = mx.arange(first, first + k.shape[1]).reshape(-1, size, 1, 1)
@@ -75,7 +75,10 @@ def attend_gathered(
     seen = (slots <= positions[:, None, :, None, None]).reshape(rows * heads * queries, 1, 1, -1)
     # The query heads of a group stand where queries usually stand, so that K and V are read once for all of them.
     grouped = q.transpose(0, 1, 3, 2, 4).reshape(-1, 1, group, dim)
-    out = mx.fast.scaled_dot_product_attention(grouped, gather(keys), gather(values), scale=scale, mask=seen)
+    if cpu.usable(q, keys, values):
+        out = cpu.attend(grouped[:, :, None], gather(keys), gather(values), scale, seen[:, :, None])
+    else:
+        out = mx.fast.scaled_dot_product_attention(grouped, gather(keys), gather(values), scale=scale, mask=seen)
     return out.reshape(rows, heads, queries, group, dim).transpose(0, 1, 3, 2, 4)
 
 

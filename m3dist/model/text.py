@@ -111,10 +111,12 @@ class TextModel(nn.Module):
         x = self.layers[0].input_layernorm(h)
         for number, (layer, layer_cache) in enumerate(zip(self.layers, cache), start=1):
             attention = layer.self_attn
-            attended = attention.attend(attention.heads(x, positions.offset), positions, layer_cache)
+            heads = attention.heads(x, positions.offset)
             if number == len(self.layers):
+                attention.remember(heads, layer_cache)
                 yield layer_cache.state
                 return
+            attended = attention.attend(heads, positions, layer_cache)
             more = attention.merge(attended)
             if self.apart and attention.comm.world > 1:  # replicated attention has no sum
                 yield more

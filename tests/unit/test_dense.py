@@ -8,6 +8,8 @@ from m3dist.model.dense import attend_causal
 from m3dist.model.positions import Positions
 from m3dist.model.tuning import TUNING, Tuning, backend, writes_scores_out
 
+pytestmark = pytest.mark.usefixtures("library")
+
 HEADS, KV_HEADS, DIM, SPARE = 6, 2, 16, 5
 
 

@@ -46,6 +46,7 @@ def test_bfloat16_tokens_are_routed_in_float32(quantised):
     assert weights.dtype == mx.float32 and np.abs(np.array(weights) - wanted).max() < 1e-5
 
 
+@pytest.mark.usefixtures("library")
 @pytest.mark.parametrize("tokens", [3, SORT_FROM])
 def test_whole_experts_add_up(tokens):
     """Also where a rank holds none of the chosen experts."""

@@ -12,6 +12,8 @@ from m3dist.model import sparse as module
 from m3dist.model.sparse import attend_gathered, attend_masked, attend_sparse, choose_method, select_blocks
 from m3dist.model.tuning import TUNING, Tuning, backend
 
+pytestmark = pytest.mark.usefixtures("library")
+
 BLOCK, TOPK, HEADS, GROUP, DIM = 8, 3, 4, 3, 32
 METHODS = [attend_gathered, attend_masked]
 FORCED = [(1, 0), (0, 0), (2, 0), (1, 1), (1, 2), (0, 1)]  # sparse_local_block, sparse_init_block
