@@ -29,7 +29,7 @@ from m3dist.watchdog import EXIT_PEER_LOST, Watchdog, end_process, seconds
 # one tensor, one prefill chunk (two that take turns, on Macs) or one decode step (the first of which compiles kernels).
 START_LIMIT = seconds("M3DIST_START_LIMIT", 60.0)
 STEP_LIMIT = seconds("M3DIST_STEP_LIMIT", 120.0)
-WAIT_LIMIT = 1800.0  # for ranks that load from a slower disk
+LOAD_LIMIT = seconds("M3DIST_LOAD_LIMIT", 1800.0)  # for the others, once a rank has loaded: their disks may be slower
 
 
 def dtype_of_device() -> str:
@@ -119,7 +119,7 @@ def load_model(
         def loading(progress: Progress) -> None:
             last = progress.done == progress.total
             watchdog.progress(
-                "load on the other ranks" if last else f"load of {progress}", WAIT_LIMIT if last else STEP_LIMIT
+                "load on the other ranks" if last else f"load of {progress}", LOAD_LIMIT if last else STEP_LIMIT
             )
             if bar:
                 bar(progress)
