@@ -102,6 +102,7 @@ class Agent:
         self.input: SimpleQueue[bytes | None] = SimpleQueue()
         self.scratch: Path | None = None
         self.kill_at: float | None = None  # set while ending
+        self.abandoned = False  # the launcher has gone silent
         self.lifeline, self._held = os.pipe()  # never written to: the ranks see it close when we die
 
     def run(self) -> None:
@@ -119,6 +120,7 @@ class Agent:
                 self._look()
                 if self.kill_at is None and time.monotonic() - heard > self.silence:
                     self._tell({"alone": self.silence})  # it may only be stopped, or asleep
+                    self.abandoned = True
                     self.end(END_GRACE)
                 if self.kill_at is not None and time.monotonic() > self.kill_at:
                     self._signal(signal.SIGKILL)
@@ -126,6 +128,8 @@ class Agent:
             self._tell({"ended": True})
         finally:
             self._signal(signal.SIGKILL)
+            if self.abandoned and mpi.started_here(os.environ):
+                mpi.end_daemon()
             if self.scratch:
                 shutil.rmtree(self.scratch, ignore_errors=True)
 

@@ -5,9 +5,9 @@ agents, which stay until the launcher has seen why the job ended. The port they 
 addresses alone, and whoever does not prove within HANDSHAKE seconds that he knows the launch's secret gets nothing.
 """
 
-import hmac
 import json
 import os
+import re
 import secrets
 import shlex
 import signal
@@ -24,12 +24,14 @@ from pathlib import Path
 
 from m3dist.cluster.channel import Channel, ChannelClosed, Message
 from m3dist.cluster.environment import MPI_RANKS, LaunchError
+from m3dist.cluster.handshake import admits, is_admitted
 from m3dist.cluster.hostfile import Host
-from m3dist.cluster.ssh import HOSTS, TAIL
+from m3dist.cluster.ssh import HOSTS, TAIL, Unreachable
 
 CONTROL, SECRET = "M3DIST_CONTROL", "M3DIST_SECRET"  # where the launcher listens, and what both know
 HANDSHAKE = 10.0  # seconds
 STRANGERS = 64  # connections that may be in their handshake at once; ours take milliseconds
+DAEMONS = ("orted", "prted")  # Open MPI 4's, 5's: on hosts other than mpirun's own
 END_GRACE = 2.0  # seconds that mpirun may take to end after its agents
 
 # Several ranks may share a core: they must not spin, and a rank computes and communicates in two threads. Every daemon
@@ -45,7 +47,29 @@ SETTINGS = {
     "OMPI_ALLOW_RUN_AS_ROOT": "1",
     "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
 }
-SSH_AGENTS = ("OMPI_MCA_plm_rsh_agent", "PRTE_MCA_plm_ssh_agent")
+
+# What ssh, told to be silent but for errors, says where it fails itself. mpirun writes screens of text after it.
+SSH_SAYS = re.compile(
+    r"^ssh: |Permission denied \(|^Host key verification failed|^Connection (closed|reset|timed out)|^Timeout, server |"
+    r"^kex_exchange_identification"
+)
+
+# Outlives a launcher that is killed, as mpirun does, which would wait for ever for a host that does not answer. Its
+# standard input brings mpirun's process number, and ends with the launcher; then mpirun has 4 s to end after its
+# agents, 4 s to end when asked, and is killed. $1 is a folder of the launcher's.
+GUARD = """
+read -r mpirun
+read -r _
+for signal in 0 TERM KILL; do
+    kill -$signal $mpirun
+    tries=20
+    while kill -0 $mpirun && [ $tries -gt 0 ]; do
+        sleep 0.2
+        tries=$((tries - 1))
+    done
+done
+rm -rf "$1"
+"""
 
 
 class Mpirun:
@@ -58,7 +82,8 @@ class Mpirun:
         """Raises LaunchError where mpirun cannot be started."""
         self.errors: deque[str] = deque(maxlen=TAIL)
         self._killed = killed
-        self._world = len(hosts)
+        self._hosts = hosts
+        self._ssh_said = ""  # the first reason of ssh's why it found no way to a host
         self._stack = ExitStack()
         self._secret = secrets.token_hex(32)
         self._arrived: dict[int, Channel] = {}
@@ -85,9 +110,21 @@ class Mpirun:
     def _start(self, hosts: Sequence[Host], module: str) -> None:
         self._scratch = tempfile.TemporaryDirectory(prefix="m3dist-")
         script = Path(self._stack.enter_context(self._scratch)) / "ssh"
-        script.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m m3dist.cluster.ssh "$@"\n')
+        path = os.environ.get("PATH", os.defpath)
+        script.write_text(
+            f'#!/bin/sh\nPATH={shlex.quote(path)} exec {shlex.quote(sys.executable)} -m m3dist.cluster.ssh "$@"\n'
+        )
         script.chmod(0o700)
-        environ = SETTINGS | {name: str(script) for name in SSH_AGENTS} | dict(os.environ)
+        self._guard = subprocess.Popen(
+            ["sh", "-c", GUARD, "sh", self._scratch.name],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        self._stack.callback(self._dismiss_guard)
+        assert self._guard.stdin
+        environ = SETTINGS | dict(os.environ) | {"PATH": f"{script.parent}{os.pathsep}{path}"}
         environ |= {CONTROL: ",".join(self.addresses), SECRET: self._secret, HOSTS: described(hosts)}
         self.process = subprocess.Popen(
             command(hosts, module),
@@ -97,7 +134,10 @@ class Mpirun:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-        threading.Thread(target=self._read, daemon=True).start()
+        self._guard.stdin.write(b"%d\n" % self.process.pid)
+        self._guard.stdin.flush()
+        self._reading = threading.Thread(target=self._read, daemon=True)
+        self._reading.start()
 
     def wait_for(self, rank: int, timeout: float) -> Channel:
         """The channel to a rank's agent. Raises LaunchError where it does not come."""
@@ -105,7 +145,13 @@ class Mpirun:
             self._changed.wait_for(lambda: rank in self._arrived or self.process.poll() is not None, timeout)
             if rank in self._arrived:
                 return self._arrived[rank]
-        raise LaunchError(f"mpirun {self.how_it_ended()}" if self.process.poll() is not None else "mpirun is silent")
+            late = {host.ssh: None for number, host in enumerate(self._hosts) if number not in self._arrived}
+        if self.process.poll() is None:
+            raise Unreachable(f"mpirun has started no agent on {', '.join(late)} within {timeout:g} s")
+        self._reading.join(1.0)
+        if self._ssh_said:
+            raise Unreachable(f"mpirun did not reach every host: {self._ssh_said}")
+        raise LaunchError(f"mpirun {self.how_it_ended()}")
 
     def how_it_ended(self) -> str:
         said = [line for line in self.errors if line.strip(" -")]
@@ -123,10 +169,16 @@ class Mpirun:
             self.process.wait()
         self._stack.close()
 
+    def _dismiss_guard(self) -> None:
+        self._guard.kill()
+        self._guard.communicate()
+
     def _read(self) -> None:
         assert self.process.stdout
-        for line in self.process.stdout:
-            self.errors.append(line.decode(errors="replace").rstrip())
+        for data in self.process.stdout:
+            line = data.decode(errors="replace").rstrip()
+            self.errors.append(line)
+            self._ssh_said = self._ssh_said or (line if SSH_SAYS.search(line) else "")
         code = self.process.wait()
         with self._changed:
             self._changed.notify_all()
@@ -150,7 +202,7 @@ class Mpirun:
 
     def _meet(self, connection: socket.socket) -> None:
         try:
-            rank = challenge(connection, self._secret)
+            rank, channel = meet(connection, self._secret)
         except (ChannelClosed, OSError):
             connection.close()
             return
@@ -161,10 +213,10 @@ class Mpirun:
             if rank in self._arrived:
                 connection.close()
                 return
-            descriptor = connection.detach()
-            self._arrived[rank] = Channel(descriptor, descriptor)
+            connection.detach()
+            self._arrived[rank] = channel
             self._changed.notify_all()
-            if len(self._arrived) == self._world:
+            if len(self._arrived) == len(self._hosts):
                 self._scratch.cleanup()  # all are started; a launcher that is killed leaves nothing behind
 
 
@@ -224,6 +276,17 @@ def started_here(environ: Mapping[str, str]) -> bool:
     return any(name in environ for name in MPI_RANKS)
 
 
+def end_daemon() -> None:
+    """End the daemon of mpirun that started this process: cut off from mpirun, it would stay for ever."""
+    parent = os.getppid()
+    try:
+        name = Path(f"/proc/{parent}/comm").read_text()
+    except OSError:  # macOS
+        name = subprocess.run(["ps", "-o", "comm=", "-p", str(parent)], capture_output=True, text=True).stdout
+    if os.path.basename(name.strip()) in DAEMONS:
+        os.kill(parent, signal.SIGTERM)
+
+
 def described(hosts: Sequence[Host]) -> str:
     """What ssh.main must know of each host."""
     return json.dumps({host.ssh: {"user": host.user, "port": host.port} for host in hosts})
@@ -243,60 +306,38 @@ def own_addresses(hosts: Sequence[Host]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Proving that one knows the secret, both ways, without saying it: HMAC (RFC 2104) of what both chose.
+def meet(connection: socket.socket, secret: str) -> tuple[int, Channel]:
+    """The launcher's side of a new connection: the rank whose agent it is, and the channel to it.
 
-
-def proof(secret: str, side: str, *words: str) -> str:
-    return hmac.new(secret.encode(), as_data(" ".join((side, *words))), "sha256").hexdigest()
-
-
-def as_data(text: str) -> bytes:
-    """Any text that JSON can hold."""
-    return text.encode(errors="surrogatepass")
-
-
-def challenge(connection: socket.socket, secret: str) -> int:
-    """The launcher's side; returns the rank that has proved itself. Raises ChannelClosed or OSError."""
-    connection.settimeout(HANDSHAKE)
-    channel = Channel(connection.fileno(), connection.fileno(), longest=1024)
-    ours = secrets.token_hex(16)
-    channel.send({"challenge": ours})
-    answer = channel.receive(HANDSHAKE) or {}
-    rank, theirs, said = (answer.get(name) for name in ("rank", "challenge", "proof"))
-    if not isinstance(rank, int) or not isinstance(theirs, str) or not isinstance(said, str):
-        raise ChannelClosed("no answer to a challenge")
-    if not hmac.compare_digest(as_data(said), as_data(proof(secret, "agent", ours, theirs, str(rank)))):
-        raise ChannelClosed("a wrong answer to a challenge")
-    channel.send({"proof": proof(secret, "launcher", theirs, ours)})
+    Raises ChannelClosed where it is a stranger.
+    """
+    if not admits(connection, secret, HANDSHAKE):
+        raise ChannelClosed("a stranger")
     connection.settimeout(None)
-    return rank
+    channel = Channel(connection.fileno(), connection.fileno())
+    message = channel.receive(HANDSHAKE)
+    if message is None:
+        raise ChannelClosed("it does not say whose agent it is")
+    return message["rank"], channel
 
 
 def connect(environ: Mapping[str, str]) -> Channel:
-    """The agent's side: to the first address that answers, proving itself and seeing the launcher's proof.
-
-    Raises LaunchError.
-    """
+    """The agent's side: to the first address that answers, both having proved themselves. Raises LaunchError."""
     rank = int(next(environ[name] for name in MPI_RANKS if name in environ))
     reasons = []
     for address in environ[CONTROL].split(","):
         host, _, port = address.rpartition(":")
         try:
-            connection = socket.create_connection((host, int(port)), HANDSHAKE)
-            return _answer(connection, environ[SECRET], rank)
+            with socket.create_connection((host, int(port)), HANDSHAKE) as connection:
+                if not is_admitted(connection, environ[SECRET], HANDSHAKE):
+                    raise EOFError
+                connection.settimeout(None)
+                descriptor = connection.detach()
+            channel = Channel(descriptor, descriptor)
+            channel.send({"rank": rank})
+            return channel
+        except EOFError:
+            reasons.append(f"{address}: it is not our launcher that listens there")
         except (OSError, ChannelClosed) as error:
             reasons.append(f"{address}: {error}")
     raise LaunchError(f"rank {rank} on {socket.gethostname()} cannot reach the launcher: {'; '.join(reasons)}")
-
-
-def _answer(connection: socket.socket, secret: str, rank: int) -> Channel:
-    channel = Channel(connection.fileno(), connection.fileno())
-    theirs, ours = (channel.receive(HANDSHAKE) or {}).get("challenge"), secrets.token_hex(16)
-    channel.send({"rank": rank, "challenge": ours, "proof": proof(secret, "agent", str(theirs), ours, str(rank))})
-    said = (channel.receive(HANDSHAKE) or {}).get("proof")
-    if not hmac.compare_digest(as_data(str(said)), as_data(proof(secret, "launcher", ours, str(theirs)))):
-        raise ChannelClosed("it is not our launcher that listens there")
-    connection.settimeout(None)
-    connection.detach()
-    return channel

@@ -182,7 +182,7 @@ def channel_to_launcher() -> tuple[Channel, Message]:
 
 def main(words: Sequence[str]) -> NoReturn:
     """What mpirun calls instead of ssh: HOST COMMAND ..., with our options and what the hostfile says of HOST."""
-    name, *command = words
+    name, *command = words[1:] if words[0] == "-x" else words  # mpirun's own wish for no X11, which is ours too
     known = json.loads(os.environ[HOSTS]).get(name, {})
     ssh = ssh_command(Host(name, user=known.get("user"), port=known.get("port")), " ".join(command))
     os.execvp(ssh[0], ssh)

@@ -5,8 +5,6 @@ own channels. Round trips are timed where they start, bandwidth where the bytes 
 """
 
 import errno
-import hmac
-import secrets
 import socket
 import time
 from collections.abc import Callable
@@ -14,12 +12,13 @@ from contextlib import suppress
 from statistics import median
 from typing import Any
 
+from m3dist.cluster.handshake import admits, is_admitted, receive
+
 CONNECT = 2.0  # seconds
 HANDSHAKE = 1.0  # seconds that a stranger can take of the listener's time
 PINGS, PINGING = 50, 0.3  # round trips at most, and seconds
 STREAMING = 0.3  # seconds
 PING, STREAM = b"p" * 64, b"s" * 64
-NONCE, DIGEST = 32, 32  # bytes
 CHUNK = 2**20
 
 
@@ -36,8 +35,7 @@ def listen(address: str, secret: str, seconds: float, listening: Callable[[int],
                 server.settimeout(left)
                 peer, _ = server.accept()
                 with peer, suppress(OSError, EOFError):
-                    peer.settimeout(HANDSHAKE)
-                    if _admits(peer, secret):
+                    if admits(peer, secret, HANDSHAKE):
                         peer.settimeout(seconds)
                         return {"bandwidth": _serve(peer)}
     except OSError as error:
@@ -49,10 +47,10 @@ def connect(address: str, port: int, secret: str, seconds: float) -> dict[str, A
     """Be the near end. Returns {"round_trip": median seconds, "fastest": seconds}, or {"failed": ...} as `listen`."""
     try:
         with socket.create_connection((address, port), timeout=min(CONNECT, seconds)) as peer:
-            peer.settimeout(seconds)
             peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            if not _is_admitted(peer, secret):
+            if not is_admitted(peer, secret, seconds):
                 return {"failed": "another program answers at this address"}
+            peer.settimeout(seconds)
             trips = _ping(peer)
             _stream(peer)
             return {"round_trip": median(trips), "fastest": min(trips)}
@@ -70,33 +68,6 @@ def reason(error: OSError) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Who is there: each end answers the other's random number with what only one who knows the secret can
-
-
-def _admits(peer: socket.socket, secret: str) -> bool:
-    """As the listener."""
-    ours = secrets.token_bytes(NONCE)
-    peer.sendall(ours)
-    answer = _receive(peer, DIGEST + NONCE)
-    if not hmac.compare_digest(answer[:DIGEST], _proof(secret, b"connect", ours)):
-        return False
-    peer.sendall(_proof(secret, b"listen", answer[DIGEST:]))
-    return True
-
-
-def _is_admitted(peer: socket.socket, secret: str) -> bool:
-    """As the one who connects: whether the listener is the one that was meant."""
-    ours = secrets.token_bytes(NONCE)
-    theirs = _receive(peer, NONCE)
-    peer.sendall(_proof(secret, b"connect", theirs) + ours)
-    return hmac.compare_digest(_receive(peer, DIGEST), _proof(secret, b"listen", ours))
-
-
-def _proof(secret: str, role: bytes, nonce: bytes) -> bytes:
-    return hmac.digest(secret.encode(), role + nonce, "sha256")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # The measurement
 
 
@@ -107,7 +78,7 @@ def _ping(peer: socket.socket) -> list[float]:
     while len(trips) < 2 or (len(trips) <= PINGS and time.monotonic() < end):
         began = time.perf_counter()
         peer.sendall(PING)
-        _receive(peer, len(PING))
+        receive(peer, len(PING))
         trips.append(time.perf_counter() - began)
     return trips[1:]
 
@@ -127,7 +98,7 @@ def _stream(peer: socket.socket) -> None:
 def _serve(peer: socket.socket) -> float:
     """Answer pings; bytes/s of the stream that follows them."""
     peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    while (ping := _receive(peer, len(PING))) == PING:
+    while (ping := receive(peer, len(PING))) == PING:
         peer.sendall(ping)
     buffer, count, began = bytearray(CHUNK), 0, time.perf_counter()
     seconds = 0.0
@@ -135,14 +106,3 @@ def _serve(peer: socket.socket) -> float:
         count += size
         seconds = time.perf_counter() - began
     return count / seconds if seconds else 0.0
-
-
-def _receive(peer: socket.socket, size: int) -> bytes:
-    """Exactly `size` bytes. Raises EOFError where there are fewer."""
-    data = b""
-    while len(data) < size:
-        piece = peer.recv(size - len(data))
-        if not piece:
-            raise EOFError
-        data += piece
-    return data

@@ -67,7 +67,7 @@ def account(user: str, shell: str) -> None:
         command = ["usermod", "--shell", shell, "root"]
     else:
         command = ["useradd", "--create-home", "--no-log-init", "--password", "*", "--shell", shell, user]
-    subprocess.run(command, check=True)
+    subprocess.run(command, check=True, stdout=sys.stderr)
 
 
 def write(files: dict[str, tuple[int, str]], user: str) -> None:

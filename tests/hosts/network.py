@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from spec import REFUSING, Spec, address_of, description, make_keys, name_of
+from spec import NOBODY, REFUSING, Spec, address_of, description, make_keys, name_of
 
 HERE = Path(__file__).parent
 SET_UP = 10.0  # seconds for each thing that the bed itself does
@@ -111,6 +111,7 @@ class Network:
         self._started: list[tuple[int, HostProcess]] = []
         self._delays: dict[int, subprocess.Popen] = {}
         self._rates: set[int] = set()
+        self._cuts: set[tuple[int, int]] = set()
         self._stack = ExitStack()
         try:
             self._build(specs)
@@ -143,6 +144,8 @@ class Network:
             self.link_up(i)
             self.delay(i, 0)
             self.rate(i, 0)
+        for i, j in list(self._cuts):
+            self.mend(i, j)
         for _, process in self._started:
             process.end()
         self._started.clear()
@@ -187,14 +190,26 @@ class Network:
     def zombies(self, i: int) -> list[Process]:
         return [process for process in self._all(i) if process.state not in ALIVE]
 
-    def wait_empty(self, seconds: float) -> list[tuple[int, Process]]:
-        """Wait for every host to have no processes, as long as `seconds`; those that are left, each with its host."""
-        end = time.monotonic() + seconds
+    def wait_empty(self, seconds: float, but: str = "nothing") -> list[tuple[int, Process]]:
+        """Wait for every host to have no processes but those with `but` in their command line.
+
+        Those that are left after `seconds`, each with its host.
+        """
+        end, everywhere = time.monotonic() + seconds, range(len(self.hosts))
         while True:
-            left = [(i, process) for i in range(len(self.hosts)) for process in self.processes(i)]
+            left = [(i, process) for i in everywhere for process in self.processes(i) if but not in process.command]
             if not left or time.monotonic() > end:
                 return left
             time.sleep(0.02)
+
+    def wait_reaped(self, seconds: float) -> list[tuple[int, Process]]:
+        """As wait_empty, for zombies: a healthy parent needs a moment."""
+        end = time.monotonic() + seconds
+        while left := [(i, zombie) for i in range(len(self.hosts)) for zombie in self.zombies(i)]:
+            if time.monotonic() > end:
+                break
+            time.sleep(0.02)
+        return left
 
     def find(self, i: int, text: str = "") -> list[Process]:
         """Processes of host i with `text` in their command line."""
@@ -207,6 +222,13 @@ class Network:
             if time.monotonic() > end:
                 raise TimeoutError(f"no process with {text!r} in host {i} within {seconds} s: {self.processes(i)}")
             time.sleep(0.01)
+        return found
+
+    def wait_gone(self, i: int, text: str, seconds: float) -> list[Process]:
+        """The processes of host i with `text` in their command line that are left after so long."""
+        end = time.monotonic() + seconds
+        while (found := self.find(i, text)) and time.monotonic() < end:
+            time.sleep(0.02)
         return found
 
     def kill(self, i: int, text: str = "", number: int = signal.SIGKILL) -> list[Process]:
@@ -240,10 +262,30 @@ class Network:
 
     def link_down(self, i: int) -> None:
         """Pull host i's cable: its device loses the carrier, and keeps its address."""
-        _ip(self._switch, f"link set port{i} down")
+        self._carrier(i, "down")
 
     def link_up(self, i: int) -> None:
-        _ip(self._switch, f"link set port{i} up")
+        self._carrier(i, "up")
+
+    def _carrier(self, i: int, state: str) -> None:
+        """Set it, and wait until the host has noticed, which takes the kernel up to a second."""
+        _ip(self._switch, f"link set port{i} {state}")
+        seen, end = self.hosts[i].path("/sys/class/net/eth0/operstate"), time.monotonic() + SET_UP
+        while (seen.read_text() == "up\n") != (state == "up"):
+            if time.monotonic() > end:
+                raise TimeoutError(f"host {i}'s link does not go {state}")
+            time.sleep(0.01)
+
+    def cut(self, i: int, j: int) -> None:
+        """Let packets between hosts i and j vanish, while both still reach the others."""
+        for one, other in ((i, j), (j, i)):
+            _ip(self.hosts[one].pid, f"neigh replace {self.hosts[other].address} {NOBODY}")
+        self._cuts.add((i, j))
+
+    def mend(self, i: int, j: int) -> None:
+        for one, other in ((i, j), (j, i)):
+            _ip(self.hosts[one].pid, f"neigh del {self.hosts[other].address} {NOBODY}")
+        self._cuts.discard((i, j))
 
     def delay(self, i: int, milliseconds: float) -> None:
         """Let every packet from and to host i take that much longer; 0 takes the delay away. Connections survive."""

@@ -14,6 +14,7 @@ from typing import Any
 REPOSITORY = str(Path(__file__).parents[2])
 SILENT = "10.83.0.250"  # packets to it vanish: a machine that is switched off, a firewall
 REFUSING = "10.83.0.254"  # nothing listens there: connections are refused
+NOBODY = "lladdr 02:00:00:00:00:01 dev eth0 nud permanent"  # for ip neigh: where packets to an address vanish
 SHELLS = ["/bin/sh", "/bin/bash", "/bin/zsh", "/bin/dash", "/bin/ksh", "/bin/tcsh", "/usr/bin/fish"]  # where installed
 READ_AT_LOGIN = (".profile", ".bash_profile", ".bashrc", ".zshenv", ".tcshrc", ".config/fish/config.fish", ".ssh/rc")
 
@@ -87,7 +88,7 @@ def description(i: int, specs: Sequence[Spec], keys: Sequence[Keys]) -> dict[str
             "link set lo up",
             f"addr add {address_of(i)}/24 dev eth0",
             "link set eth0 up",
-            f"neigh add {SILENT} lladdr 02:00:00:00:00:01 dev eth0 nud permanent",
+            f"neigh add {SILENT} {NOBODY}",
         ],
         "keep": keep,
         "closed": closed,

@@ -223,6 +223,16 @@ def test_link_down_cuts_and_up_mends(net):
     assert milliseconds(net, 0, 1) < 5
 
 
+def test_cut_is_between_two_hosts_only(net):
+    serve_echo(net, 1)
+    net.cut(1, 2)
+    done = python(net, 2, ROUND_TRIPS, net.host(1).address, "1")
+    assert done.returncode and "timed out" in done.stderr
+    assert milliseconds(net, 0, 1) < 5
+    net.mend(1, 2)
+    assert milliseconds(net, 2, 1) < 5
+
+
 def test_delay_is_two_in_a_round_trip_and_keeps_connections(net):
     serve_echo(net, 1)
     slow = "import time\nfor _ in range(4): time.sleep(0.5); print(_, flush=True)"

@@ -251,6 +251,7 @@ def test_launcher_variables_that_are_wrong(called, capsys, monkeypatch):
 )
 def test_our_own_errors_have_no_traceback(monkeypatch, capsys, error, status):
     monkeypatch.setattr(cli, "drop_output", lambda: None)  # pytest's own output
+
     def fail(*args):
         raise error
 

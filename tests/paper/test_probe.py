@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from m3dist.cluster.handshake import DIGEST, NONCE, is_admitted
 from m3dist.doctor import link, probe
 from m3dist.doctor.report import HostReport
 
@@ -177,7 +178,7 @@ def test_strangers_get_nothing_and_disturb_nothing():
         }
         assert "round_trip" in link.connect("127.0.0.1", listener.port, SECRET, 5.0)
         assert listener.found()["bandwidth"] > 0
-        assert len(silent.recv(1000)) == link.NONCE  # a random number, and then the end
+        assert len(silent.recv(1000)) == NONCE  # a random number, and then the end
         assert silent.recv(1000) == b""
 
 
@@ -188,7 +189,7 @@ def test_another_program_is_recognised():
         def serve() -> None:
             peer, _ = server.accept()
             with peer:
-                peer.sendall(bytes(link.NONCE + link.DIGEST))
+                peer.sendall(bytes(NONCE + DIGEST))
                 peer.recv(1000)
 
         threading.Thread(target=serve, daemon=True).start()
@@ -210,7 +211,7 @@ def test_a_peer_that_stops_answering():
     """It is admitted, and then says no more: both ends give up in time."""
     listener = Listener(seconds=1.0)
     with socket.create_connection(("127.0.0.1", listener.port), timeout=DEADLINE) as peer:
-        assert link._is_admitted(peer, SECRET)
+        assert is_admitted(peer, SECRET, DEADLINE)
         began = time.monotonic()
         assert listener.found() == {"failed": "ETIMEDOUT"}
         assert time.monotonic() - began < 5.0
