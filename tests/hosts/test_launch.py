@@ -33,7 +33,7 @@ BACKENDS = ["ring", pytest.param("mpi", marks=pytest.mark.mpi)]
 ANSWER = ["--model", "tiny", "--temperature", "0", "--prompt", DEMO_PROMPT]
 ENDLESS = ["--model", "tiny", "--temperature", "0", "--raw", "--prompt", "the", "--max-tokens", "1000000"]
 STEP_LIMIT = 4.0  # seconds, of ENDLESS
-SILENCE_LIMIT = 10.0  # seconds, the launcher's own
+SILENCE_LIMIT = 5.0  # seconds, of ENDLESS
 SSH_LIMIT = 10.0  # seconds, the launcher's own, that ssh waits for a connection
 END = 10.0  # seconds over the limit that applies, within which every process on every host must be gone
 
@@ -65,7 +65,7 @@ class Cluster:
     def decoding(self, hosts: Sequence[int], backend: str) -> HostProcess:
         """A launcher whose ranks have begun to decode, and will not end by themselves."""
         command = self.command("generate", hosts, *ENDLESS, backend=backend)
-        env = {"M3DIST_STEP_LIMIT": str(STEP_LIMIT)}
+        env = {"M3DIST_STEP_LIMIT": str(STEP_LIMIT), "M3DIST_SILENCE_LIMIT": str(SILENCE_LIMIT)}
         launcher = self.net.popen(0, command, env=env, stdout=PIPE, stderr=PIPE)
         if len(launcher.stdout.read(20)) < 20:  # some ten tokens
             raise AssertionError(launcher.stderr.read().decode())
