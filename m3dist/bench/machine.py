@@ -2,14 +2,19 @@
 
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from statistics import median
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from m3dist.bench.weights import random_tensor
 from m3dist.comm import Comm
 from m3dist.layout import Slice
+from m3dist.model.dense import attend_causal
+from m3dist.model.positions import Positions
+from m3dist.model.products import multiply
 from m3dist.model.text import DTYPES
 from m3dist.plan import Plan
 from m3dist.tensors import Module, split_name
@@ -133,7 +138,8 @@ def matvec_bandwidth(plan: Plan, size: int, figures: Mapping[str, float], comm: 
 
 
 def expert_product(plan: Plan, seed: int) -> tuple[Callable[[mx.array], mx.array], int]:
-    """x [rows, hidden] -> x times an expert's gate and up [rows, 2 * intermediate_size], and the bytes these take."""
+    """x [rows, hidden] -> x times an expert's gate and up [rows, 2 * intermediate_size], as the model multiplies; and
+    the bytes these take."""
     c = plan.inventory.config
     known = [name for name in plan.inventory.quantization if name.endswith(".gate_up_proj")]
     q = plan.inventory.quantization[known[0]] if known else None
@@ -143,21 +149,19 @@ def expert_product(plan: Plan, seed: int) -> tuple[Callable[[mx.array], mx.array
         leaf = split_name(name)[1]
         arrays[leaf] = random_tensor(name, leaf, spec, Slice(None), module.shape, q, 0)
     mx.eval(arrays)
-
-    def product(x: mx.array) -> mx.array:
-        if q is None:
-            return x @ arrays["weight"].T
-        weight, scales, biases = arrays["weight"], arrays["scales"], arrays.get("biases")
-        return mx.quantized_matmul(x, weight, scales, biases, True, q.group_size, q.bits, q.mode)
-
-    return product, sum(x.nbytes for x in arrays.values())
+    linear = nn.Linear(c.hidden_size, 2 * c.intermediate_size, bias=False)
+    if q:
+        linear = linear.to_quantized(q.group_size, q.bits, q.mode)
+    linear.update(arrays)
+    return partial(multiply, linear), sum(x.nbytes for x in arrays.values())
 
 
 def attention_flops(plan: Plan, queries: int, keys: int, comm: Comm) -> float:
-    """FLOP/s of `queries` that all see `keys`, in all the model's heads: two products, 2 FLOP a value each."""
+    """FLOP/s of the last `queries` of `keys` tokens in all the model's heads: two products, 2 FLOP a value each."""
     c, dtype = plan.inventory.config, DTYPES[plan.inventory.dtype]
     q = mx.random.normal((1, c.num_attention_heads, queries, c.head_dim)).astype(dtype)
     k, v = mx.random.normal((2, 1, c.num_key_value_heads, keys, c.head_dim)).astype(dtype)
     mx.eval(q, k, v)
-    seconds = timed(lambda: mx.fast.scaled_dot_product_attention(q, k, v, scale=c.head_dim**-0.5), comm)
-    return 4 * c.num_attention_heads * c.head_dim * queries * keys / median(seconds)
+    positions = Positions((keys - queries,), queries)
+    seconds = median(timed(lambda: attend_causal(q, k, v, positions, c.head_dim**-0.5), comm))
+    return 4 * c.num_attention_heads * c.head_dim * queries * (keys - queries / 2) / seconds
