@@ -164,4 +164,4 @@ def attention_flops(plan: Plan, queries: int, keys: int, comm: Comm) -> float:
     mx.eval(q, k, v)
     positions = Positions((keys - queries,), queries)
     seconds = median(timed(lambda: attend_causal(q, k, v, positions, c.head_dim**-0.5), comm))
-    return 4 * c.num_attention_heads * c.head_dim * queries * (keys - queries / 2) / seconds
+    return 4 * c.num_attention_heads * c.head_dim * queries * (keys - (queries - 1) / 2) / seconds
