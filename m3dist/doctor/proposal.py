@@ -10,6 +10,8 @@ from ipaddress import IPv4Interface, IPv4Network
 from typing import Any
 
 from m3dist.cluster.hostfile import Host, Hostfile
+from m3dist.doctor.examination import Examination
+from m3dist.doctor.findings_thunderbolt import thunderbolt_findings
 from m3dist.doctor.report import LINK_LOCAL, HostReport, Interface
 from m3dist.doctor.topology import Cable, cable_addresses, cables, find_ring, free_networks, is_mesh
 
@@ -204,10 +206,12 @@ def _jaccl(fabric: Fabric, backend: str) -> list[Candidate]:
 
     Raises Impossible.
     """
+    count = len(fabric.hosts)
+    if count < 2:
+        raise Impossible("it joins two Macs or more")
     without = [host.ssh for host, report in zip(fabric.hosts, fabric.reports) if not report.devices]
     if without:
         raise Impossible(f"{', '.join(without)} has no RDMA device; m3dist doctor --backend {backend} says why")
-    count = len(fabric.hosts)
     if backend == "jaccl" and not is_mesh(count, fabric.cabled):
         pairs = [(j, i) for i in range(count) for j in range(i) if (i, j) not in fabric.cabled]
         missing = "; ".join(f"{fabric.hosts[i].ssh} and {fabric.hosts[j].ssh}" for i, j in pairs)
@@ -216,7 +220,12 @@ def _jaccl(fabric: Fabric, backend: str) -> list[Candidate]:
     meet = fabric.networks()[0]
     rows = _devices(fabric, order, whole=backend == "jaccl")
     hosts = (replace(fabric.hosts[i], ips=(meet.addresses[i],), rdma=tuple(row)) for i, row in zip(order, rows))
-    return [_candidate(backend, hosts, f"Thunderbolt RDMA; its ranks meet on {meet}")]
+    found = _candidate(backend, hosts, f"Thunderbolt RDMA; its ranks meet on {meet}")
+    seen = Examination(found.hostfile, backend, [fabric.reports[i] for i in order], {})
+    errors = [finding for finding in thunderbolt_findings(seen) if finding.level == "error"]
+    if errors:  # as --check would say of the file
+        raise Impossible("\n    ".join(f"{error.host}: {error.seen}; {error.remedy}" for error in errors))
+    return [found]
 
 
 def _devices(fabric: Fabric, order: Sequence[int], whole: bool) -> list[list[Any]]:

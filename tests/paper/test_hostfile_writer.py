@@ -119,6 +119,29 @@ def test_a_cable_at_a_port_without_a_device():
     assert found.notes == ["jaccl: mac1 has a cable, but no device rdma_en3: use another port"]
 
 
+@pytest.mark.parametrize("backend", ["jaccl", "jaccl-ring"])
+def test_one_mac_needs_no_jaccl(backend):
+    found = propose([Host("mac1")], [mac("mac1", addresses={"en0": "10.0.0.1/24"})], backend)
+    assert not found.candidates and found.notes == [f"{backend}: it joins two Macs or more"]
+
+
+@pytest.mark.parametrize(
+    "first, said",
+    [
+        ({"rdma_ctl": "disabled"}, "mac1: `rdma_ctl status` says disabled; restart that Mac into Recovery"),
+        ({"down": ["rdma_en3"]}, "mac1: rdma_en3 towards mac2 is down; take the cable out"),
+        ({"bridge": ["en2", "en3"], "addresses": {"en0": "10.0.0.1/24", "bridge0": "192.168.0.1/30"}},
+         "mac1: rdma_en3 towards mac2 has no IPv4 address; the Thunderbolt Bridge bridge0 holds its port"),
+    ],
+)  # fmt: skip
+def test_jaccl_is_not_proposed_where_check_would_refuse_it(first, said):
+    """The ring over the same cables is; that jaccl-ring is refused for the same is not said again."""
+    found = proposed(two(first))
+    assert kinds(found) == [("ring", "Thunderbolt"), ("ring", ETHERNET)]
+    [note] = found.notes
+    assert note.startswith(f"jaccl: {said}")
+
+
 def test_jaccl_needs_a_place_to_meet():
     reports = two({"addresses": {"en3": "192.168.0.1/30"}}, {"addresses": {"en4": "192.168.0.2/30"}})
     assert not proposed(reports, "jaccl").candidates
