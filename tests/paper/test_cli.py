@@ -146,6 +146,13 @@ def test_what_cannot_be_launched(called, capsys, argv, message):
     assert called == []
 
 
+@pytest.mark.parametrize("name", ["localhost", "127.0.0.1"])
+def test_a_user_of_this_machine_is_refused_as_in_a_hostfile(capsys, name):
+    assert run("hostfile", "--hosts", f"mac1,me@{name}") == 2
+    said = f"argument --hosts: 'me@{name}' names a user for ssh, and {name} means this machine, without ssh; leave"
+    assert said in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("n", [[], ["-n", "2"]])
 def test_a_rank_is_a_rank(called, monkeypatch, n):
     launch = Launch("mpirun", "mpi", 1, 2)
