@@ -12,6 +12,7 @@ import ipaddress
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import Any
 
 import yaml
@@ -327,7 +328,8 @@ def _mpi_host(where: str, words: list[str], lines: dict[str, int]) -> Host:
         if name in slots:
             raise HostfileError(f"{where}: {name} is given twice; one must go")
         if not re.fullmatch("[1-9][0-9]{0,6}", value) or int(value) > high:
-            raise HostfileError(f"{where}: {name} must be a whole number from 1 to {high}, not {quoted(value)}")
+            allowed = f"a whole number from 1 to {high}"
+            raise HostfileError(f"{where}: {name} must be {allowed}, not {quoted(value)}{AS_MPI}")
         slots[name] = int(value)
     ranks = slots.get("slots", slots.get("max_slots", 1))
     if ranks > slots.get("max_slots", ranks):
@@ -341,8 +343,9 @@ def _mpi_host(where: str, words: list[str], lines: dict[str, int]) -> Host:
 
 def _checked(hostfile: Hostfile) -> Hostfile:
     """The hostfile itself. Raises HostfileError where its hosts cannot be one job's."""
-    if not 1 <= hostfile.world <= MAX_RANKS:
-        raise HostfileError(f"{hostfile.path}: hosts have {hostfile.world} ranks in all; {MAX_RANKS} can share a model")
+    for i, world in enumerate(accumulate(host.ranks for host in hostfile.hosts)):
+        if world > MAX_RANKS:
+            raise hostfile.error(i, "ranks", f"makes {world} in all; at most {MAX_RANKS} can share a model")
     machines = {"" if host.local else host.ssh for host in hostfile.hosts}
     for i, host in enumerate(hostfile.hosts):
         if host.local and (host.user or host.port):

@@ -43,18 +43,20 @@ def compose(path: str, text: str) -> "Value":
         # YAML has no tabs between its tokens, where alone JSON has them, and in quotes not all that JSON has there.
         text = text.replace("\t", " ").replace("\x7f", "\\x7f").encode("ascii", "backslashreplace").decode()
     try:
-        root = yaml.compose(text, Loader=_Loader)
+        loader = _Loader(text)
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise HostfileError(f"{path} line {line}: holds control characters; it must be text") from None
+    try:
+        root = loader.get_single_node()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"{path} line {mark.line + 1}" if mark else path
         raise HostfileError(f"{where}: is neither JSON nor YAML: {error.problem or error.context}") from None
-    except yaml.reader.ReaderError as error:
-        line = text.count("\n", 0, error.position) + 1
-        raise HostfileError(f"{path} line {line}: holds control characters; it must be text") from None
     except RecursionError:
-        raise HostfileError(f"{path}: is nested too deeply for a hostfile") from None
+        raise HostfileError(f"{path} line {loader.line + 1}: is nested too deeply for a hostfile") from None
     except (ValueError, OverflowError) as error:  # an escape, such as "\U00110000", that is no character
-        raise HostfileError(f"{path}: is neither JSON nor YAML: {error}") from None
+        raise HostfileError(f"{path} line {loader.line + 1}: is neither JSON nor YAML: {error}") from None
     if root is None:
         raise HostfileError(f"{path}: is empty; it must list hosts (hostfiles/README.md)")
     return Value(path, "", root)

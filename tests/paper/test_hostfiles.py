@@ -236,7 +236,7 @@ def test_local_hostfile():
     assert found.hosts[0].ips == ("127.0.0.1",)
     with pytest.raises(HostfileError, match=r"^-n 2: hosts\[0\].ranks must be 1: jaccl has one rank a host, not 2$"):
         local_hostfile(2, "jaccl")
-    with pytest.raises(HostfileError, match="^-n 17: hosts have 17 ranks in all; 16 can share a model$"):
+    with pytest.raises(HostfileError, match=r"^-n 17: hosts\[0\].ranks makes 17 in all; at most 16 can share a model$"):
         local_hostfile(17, "ring")
 
 
@@ -280,6 +280,9 @@ MEET = "is missing: nccl needs an IPv4 address where the others reach rank 0"
 VARIABLE = "must set a variable named with letters, digits and _"
 NEITHER = "is neither JSON nor YAML:"
 TOP = "backend, envs, hosts"
+IN_ALL = "in all; at most 16 can share a model"
+SLOTS = "slots must be a whole number from 1 to 16"
+READ_AS_MPI = " (read as an MPI hostfile: it does not begin as JSON or YAML do)"
 BACKENDS = "ring, jaccl, jaccl-ring, mpi, nccl"
 
 
@@ -382,8 +385,8 @@ def test_a_name_that_is_none(wrong, name):
         ("hosts: a\x07", " line 1: holds control characters; it must be text"),
         ('{"hosts": [}', f" line 1: {NEITHER} expected the node content, but found '}}'"),
         ('{"hosts":\n [{"ssh": "a"}]', f" line 2: {NEITHER} expected ',' or '}}', but got '<stream end>'"),
-        ('hosts: ["\\U00110000"]', f": {NEITHER} chr() arg not in range(0x110000)"),
-        ("[" * 50000, ": is nested too deeply for a hostfile"),
+        ('hosts:\n- ["\\U00110000"]', f" line 2: {NEITHER} chr() arg not in range(0x110000)"),
+        ("hosts:\n  " + "[" * 50000, " line 2: is nested too deeply for a hostfile"),
         ("hosts: &a []\nenvs: []", f" line 1: {NEITHER} anchors (&) and aliases (*) are not allowed here"),
         ("hosts: []\nenvs: *a", f" line 2: {NEITHER} anchors (&) and aliases (*) are not allowed here"),
         ("hosts: !!set {}", f" line 1: {NEITHER} tags (!) are not allowed here"),
@@ -402,7 +405,10 @@ def test_a_name_that_is_none(wrong, name):
         ("envs: [A B=1]\nhosts: [{ssh: a}]", f' line 1: envs[0] {VARIABLE}, not "A B"'),
         ("- {ssh: a@b, user: c}", ' line 1: hosts[0].user must be left out where ssh is "a@b", which names one'),
         ("- {ssh: localhost, port: 22}", f" line 1: hosts[0].port {NO_SSH}"),
-        ("- {ssh: a, ranks: 9}\n- {ssh: b, ranks: 8}", ": hosts have 17 ranks in all; 16 can share a model"),
+        ("- {ssh: a, ranks: 9}\n- {ssh: b, ranks: 8}\n- {ssh: c}", f" line 2: hosts[1].ranks makes 17 {IN_ALL}"),
+        ("- {ssh: a, ranks: 16}\n-\n  ssh: b", f" line 3: hosts[1].ranks makes 17 {IN_ALL}"),
+        ("a:9\n\nb slots=9\nc", f" line 3: hosts[1].ranks makes 18 {IN_ALL}"),
+        ("backend:ring\nhosts:\n- ssh: a", f' line 1: {SLOTS}, not "ring"{READ_AS_MPI}'),
         ("- {ssh: 127.0.0.1, ips: [127.0.0.1]}\n- {ssh: b}", f" line 1: hosts[0].ips {OWN}"),
         ("backend: nccl\nhosts: [{ssh: a}]", f" line 2: hosts[0].ips {MEET}"),
     ],
@@ -411,17 +417,14 @@ def test_a_wrong_file(wrong, content, said):
     assert wrong(content) == f"hosts{said}"
 
 
-READ_AS_MPI = " (read as an MPI hostfile: it does not begin as JSON or YAML do)"
-
-
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("mac1 slots=0", 'slots must be a whole number from 1 to 16, not "0"'),
-        ("mac1 slots=", 'slots must be a whole number from 1 to 16, not ""'),
+        ("mac1 slots=0", f'{SLOTS}, not "0"{READ_AS_MPI}'),
+        ("mac1 slots=", f'{SLOTS}, not ""{READ_AS_MPI}'),
         ("mac1:", None),  # YAML's
         ("a mac1:17", f'"mac1:17" is unknown; allowed are slots=N and max_slots=N{READ_AS_MPI}'),
-        ("mac1:many", 'slots must be a whole number from 1 to 16, not "many"'),
+        ("mac1:many", f'{SLOTS}, not "many"{READ_AS_MPI}'),
         ("mac1:2 slots=2", "slots is given twice; one must go"),
         ("mac1 slots=4 max_slots=2", "max_slots must be at least slots, 4, not 2"),
         ("mac1 slot=4", f'"slot=4" is unknown; allowed are slots=N and max_slots=N{READ_AS_MPI}'),
