@@ -96,34 +96,45 @@ def test_mpirun_reads_hostfiles_as_we_do(tmp_path, hosts):
 
 
 @pytest.fixture
-def agent() -> dict:
+def daemon() -> dict:
     return plistlib.loads((LAUNCH / "dist.m3dist.serve.plist").read_bytes(), fmt=plistlib.FMT_XML)
 
 
-def test_the_agent_is_called_as_its_file(agent):
+def test_the_daemon_is_called_as_its_file(daemon):
     """launchctl finds it by its label."""
-    assert agent["Label"] == "dist.m3dist.serve"
+    assert daemon["Label"] == "dist.m3dist.serve"
     comment = (LAUNCH / "dist.m3dist.serve.plist").read_text().partition("-->")[0]
-    assert set(re.findall(r"gui/\$UID/(\S+)", comment)) == {"dist.m3dist.serve"}
+    assert set(re.findall(r"system/(\S+)", comment)) == {"dist.m3dist.serve"}
 
 
-def test_the_agent_has_absolute_paths_only(agent):
+def test_the_daemon_is_installed_where_launchd_starts_it_at_boot():
+    """What is in a LaunchAgents folder waits for somebody to log in."""
+    comment = (LAUNCH / "dist.m3dist.serve.plist").read_text().partition("-->")[0]
+    assert set(re.findall(r"\S+/Launch[A-Z]\w+", comment)) == {"/Library/LaunchDaemons"}
+
+
+def test_the_daemon_is_not_root(daemon):
+    """Its paths are in the home directory of the one whose name it has."""
+    assert daemon["WorkingDirectory"].startswith(f"/Users/{daemon['UserName']}/")
+
+
+def test_the_daemon_has_absolute_paths_only(daemon):
     """launchd knows neither ~ nor a login shell's PATH."""
-    command = agent["ProgramArguments"]
-    paths = [command[0], command[command.index("--hostfile") + 1], agent["WorkingDirectory"]]
-    paths += [agent["StandardOutPath"], agent["StandardErrorPath"]]
+    command = daemon["ProgramArguments"]
+    paths = [command[0], command[command.index("--hostfile") + 1], daemon["WorkingDirectory"]]
+    paths += [daemon["StandardOutPath"], daemon["StandardErrorPath"]]
     assert all(path.startswith("/Users/me/") for path in paths)
     assert (ROOT / Path(paths[1]).relative_to("/Users/me/m3dist")).is_file()
 
 
-def test_the_agent_starts_with_the_login_and_again_after_a_failure(agent):
-    assert agent["RunAtLoad"] is True
-    assert agent["KeepAlive"] == {"SuccessfulExit": False}
+def test_the_daemon_starts_at_boot_and_again_after_a_failure(daemon):
+    assert daemon["RunAtLoad"] is True
+    assert daemon["KeepAlive"] == {"SuccessfulExit": False}
 
 
-def test_what_the_agent_runs(agent):
+def test_what_the_daemon_runs(daemon):
     """Its own command, with this checkout in the place of /Users/me/m3dist."""
-    command = [word.replace("/Users/me/m3dist/.venv/bin", str(BIN)) for word in agent["ProgramArguments"]]
+    command = [word.replace("/Users/me/m3dist/.venv/bin", str(BIN)) for word in daemon["ProgramArguments"]]
     done = run(*(word.replace("/Users/me/m3dist", str(ROOT)) for word in command), "--dtype", "float32")
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith(f"[rank 0] {tiny.DEMO_ANSWER}\n")
