@@ -43,11 +43,10 @@ PACKAGES = ("m3dist", "mlx", "mlx-metal", "mlx-cpu", "mlx-cuda", "mlx-cuda-12", 
 VARIABLES = ("MLX_METAL_FAST_SYNCH", "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "XDG_CACHE_HOME")
 SYSTEM = ("/usr/sbin", "/sbin")  # where some of the commands are, which ssh does not have on PATH everywhere
 
-# MLX can abort a process, and takes its time: it is asked in one of its own. mlx.launch names this library, too.
+# MLX can abort a process, and takes its time: it is asked in one of its own. Its MPI library is named as for a rank.
 MLX = """
-import json, os, sys
-if sys.platform == "linux":
-    os.environ.setdefault("MLX_MPI_LIBNAME", "libmpi.so.40")
+import ctypes.util, json, os
+os.environ.setdefault("MLX_MPI_LIBNAME", ctypes.util.find_library("mpi") or "libmpi.so")
 import mlx.core as mx
 available = mx.distributed.is_available
 print(json.dumps({
@@ -78,7 +77,7 @@ COMMANDS: Mapping[str, Mapping[str, Sequence[str]]] = {
         "ibv_devinfo": ["ibv_devinfo", "-v"],
     },
 }
-ANYWHERE = {"mpirun": ["mpirun", "--version"], "mlx": [sys.executable, "-c", MLX]}
+ANYWHERE = {"mpirun": ["mpirun", "--version"]}
 
 _running: set["subprocess.Popen[bytes]"] = set()
 
@@ -127,8 +126,9 @@ def describe(
     except LaunchError as error:
         problem = str(error)
     commands = {**COMMANDS.get(sys.platform, {}), **ANYWHERE}
-    with ThreadPoolExecutor(len(commands)) as pool:
-        outputs = dict(zip(commands, pool.map(run, commands.values())))
+    with ThreadPoolExecutor(len(commands) + 1) as pool:
+        mlx = pool.submit(run, [sys.executable, "-c", MLX], environ)
+        outputs = dict(zip(commands, pool.map(run, commands.values()))) | {"mlx": mlx.result()}
     return {
         "platform": sys.platform,
         "system": f"{platform.system()} {platform.release()}",
@@ -146,15 +146,19 @@ def describe(
     }
 
 
-def run(command: Sequence[str]) -> dict[str, Any]:
-    """What a command says: {"status", "out", "error"}, with the shells' own statuses where it said nothing."""
+def run(command: Sequence[str], environ: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """What a command says: {"status", "out", "error"}, with the shells' own statuses where it said nothing.
+
+    `environ` is the command's, where it is not ours.
+    """
     path = os.pathsep.join([os.environ.get("PATH", os.defpath), *SYSTEM])
     program = shutil.which(command[0], path=path)
     if program is None:
         return {"status": NOT_FOUND, "out": "", "error": "not found"}
     pipe = subprocess.PIPE
     try:
-        process = subprocess.Popen([program, *command[1:]], stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe)
+        words, nothing = [program, *command[1:]], subprocess.DEVNULL
+        process = subprocess.Popen(words, env=environ, stdin=nothing, stdout=pipe, stderr=pipe)
     except OSError as error:
         return {"status": NOT_FOUND, "out": "", "error": str(error)}
     _running.add(process)

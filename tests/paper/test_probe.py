@@ -62,6 +62,15 @@ def test_a_directory_that_is_missing():
     assert "cwd /no/such is no directory here" in directory["problem"]
 
 
+@pytest.mark.mpi
+def test_mlx_is_asked_with_the_hostfile_s_variables():
+    """Which may name the MPI library; else it is the one that a rank would take."""
+    named = probe.describe(None, None, {"MLX_MPI_LIBNAME": "/nowhere/libmpi.so"}, [], os.getcwd())
+    assert HostReport(named).mlx["backends"] == ["ring"]
+    found = probe.describe(None, None, {}, [], os.getcwd())
+    assert HostReport(found).mlx["backends"] == ["ring", "mpi"]
+
+
 def test_commands_that_say_nothing(monkeypatch):
     monkeypatch.setattr(probe, "LIMIT", 0.2)
     assert probe.run(["no-such-command"]) == {"status": 127, "out": "", "error": "not found"}
