@@ -105,6 +105,11 @@ def test_the_readme_names_every_sample_and_field():
         assert f"`{name}`" in readme
 
 
+def test_the_readme_shows_what_is_really_said(wrong):
+    said = wrong("backend: ring\nhosts:\n- ssh: mac1\n  ips: [10.0.0.1]\n- ssh: mac2\n  ips: [10.0.0.2]\n  port: ssh\n")
+    assert f"    {said.replace('hosts line', 'hosts.yaml line')}\n" in (FOLDER / "README.md").read_text()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What is read
 
