@@ -33,8 +33,9 @@ def works(findings: Iterable[Finding]) -> bool:
 
 
 def _find(seen: Examination) -> Iterator[Finding]:
-    for number, name in enumerate(seen.names):
-        yield Finding("ssh", name, *reachability(seen, number))
+    for number, (name, report) in enumerate(zip(seen.names, seen.reports)):
+        check = "answer" if isinstance(report, NoAnswer) and report.greeted else "ssh"
+        yield Finding(check, name, *reachability(seen, number))
     yield from versions(seen)
     for check, look_at in {**HOST_CHECKS, "firewall": firewall}.items():
         for number, report in seen.reached():
@@ -49,6 +50,8 @@ def _find(seen: Examination) -> Iterator[Finding]:
 def reachability(seen: Examination, number: int) -> Look:
     """Whether a host answers, and how it can be made to."""
     host, report = seen.hosts[number], seen.reports[number]
+    if isinstance(report, NoAnswer) and report.greeted:
+        return Look("error", f"it began to answer, then: {report.why}", "ask again; or run `m3dist doctor -n 1` there")
     if isinstance(report, NoAnswer):
         cause = recognise(f"{report.said}\n{report.why}", SSH_FAILED)
         remedy = cause.remedy.replace("HOST", host.ssh) if cause else f"make `ssh {host.ssh} true` work by hand"

@@ -86,6 +86,10 @@ def disk(seen: Examination, number: int, report: HostReport) -> Iterator[Look]:
         yield Look("error", directory["problem"])
     if model is None or model["path"] is None:
         return
+    if model["problem"]:
+        advice = f"let {report.raw['user']} read it there, or move it to where every host's user may read"
+        yield Look("error", model["problem"], advice)
+        return
     path, held, free = model["path"], model["bytes"], model["free"]
     whole = sum(spec.nbytes for spec in seen.plan.specs.values()) if seen.plan else max(held, 1)  # any will do
     if held >= PRESENT * whole:

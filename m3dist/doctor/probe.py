@@ -176,22 +176,33 @@ def run(command: Sequence[str], environ: Mapping[str, str] | None = None) -> dic
 def find_model(model: str, directory: str, environ: Mapping[str, str]) -> dict[str, Any]:
     """Where the checkpoint is or would be, how many bytes of weights are there, and how many are free on that disk.
 
-    "path" is None for a model that is part of the package.
+    "path" is None for a model that is part of the package; "problem" is why one cannot look there, else None.
     """
     if model == "tiny":
-        return {"path": None, "bytes": 0, "free": 0}
+        return {"path": None, "bytes": 0, "free": 0, "problem": None}
+    # os.path says no where pathlib raises: a name too long, a directory that is not ours to look into
     path = Path(directory, os.path.expanduser(model))
-    if not path.is_dir() and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model):
+    if not os.path.isdir(path) and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model):
         path = hub_cache(environ) / f"models--{model.replace('/', '--')}"
         with suppress(OSError):
             path /= "snapshots/" + (path / "refs/main").read_text().strip()
-    weights = list(path.glob("[!.]*.safetensors"))
-    existing = next(parent for parent in (path, *path.parents) if parent.exists())
-    return {
-        "path": str(path),
-        "bytes": sum(file.stat().st_size for file in weights if file.exists()),
-        "free": shutil.disk_usage(existing).free,
-    }
+    existing = next(parent for parent in (path, *path.parents) if os.path.exists(parent))
+    found = {"path": str(path), "bytes": 0, "free": shutil.disk_usage(existing).free, "problem": None}
+    try:
+        found["bytes"] = sum(_size(file) for file in path.iterdir() if re.fullmatch(r"[^.].*\.safetensors", file.name))
+    except (FileNotFoundError, NotADirectoryError):
+        pass  # no byte is there
+    except OSError as error:
+        found["problem"] = f"{error.filename}: {error.strerror}"
+    return found
+
+
+def _size(file: Path) -> int:
+    """Bytes; none of a link to nothing, as a download that was broken off leaves them."""
+    try:
+        return file.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def hub_cache(environ: Mapping[str, str]) -> Path:

@@ -58,10 +58,11 @@ class Device:
 
 @dataclass(frozen=True)
 class NoAnswer:
-    """A host that did not answer, and why; `said` is what it or ssh wrote."""
+    """A host that did not answer, and why; `said` is what it or ssh wrote, `greeted` that ssh and the probe work."""
 
     why: str
     said: str = ""
+    greeted: bool = False
 
 
 @dataclass(frozen=True)

@@ -110,7 +110,7 @@ class Survey:
             skew = asked.skew()
             report = asked.answer(asked.ask(describe=question), DESCRIBING)["report"]
         except _Silent as silence:
-            return NoAnswer(str(silence), "\n".join(asked.remote.errors))
+            return NoAnswer(str(silence), "\n".join(asked.remote.errors), greeted=True)
         return HostReport(report, skew)
 
     def _measure(self, link: Link) -> Measured:

@@ -94,7 +94,8 @@ def test_a_host_that_falls_silent(net):
     net.kill(2, "m3dist.doctor.probe")
     told = json.loads(out)
     assert process.returncode == 1
-    assert (error(told)["check"], error(told)["host"]) == ("ssh", net.host(2).address)
+    assert error(told)["check"] in ("ssh", "answer")  # it may be stopped before it has greeted us
+    assert error(told)["host"] == net.host(2).address
     assert [host["answers"] for host in told["hosts"]] == [True, False]
 
 
@@ -141,6 +142,18 @@ def test_a_narrow_link(net):
     bandwidths = [link["bandwidth"] for link in told["links"]]
     assert all(1e6 < bandwidth < 12e6 for bandwidth in bandwidths)
     assert "less than Gigabit Ethernet" in of_level(told, "warning")[0]["seen"]
+
+
+def test_a_model_that_a_host_s_user_may_not_look_into(net):
+    """It is that host's disk which is in the way, not ssh."""
+    secret = net.host(1).path("/secret")
+    secret.mkdir(mode=0o700)
+    doctor(net, 1, 0)
+    done = m3dist(net, "doctor", "--hostfile", "/root/hosts.json", "--model", "/secret/m3", "--json")
+    secret.rmdir()
+    found = [f for f in of_level(json.loads(done.stdout), "error") if f["host"] == net.host(1).address]
+    assert [(f["check"], f["seen"]) for f in found] == [("disk", "/secret/m3: Permission denied")]
+    assert "let ann read it there" in found[0]["remedy"]
 
 
 @pytest.mark.mpi

@@ -112,6 +112,13 @@ def test_a_host_that_does_not_answer_is_one_finding(said, remedy):
     assert not works(found)
 
 
+def test_a_host_that_stops_answering_is_no_trouble_of_ssh():
+    reports = [two()[0], NoAnswer("no answer in time", greeted=True)]
+    error = only(findings(reports, measured=[]), "answer", "error")
+    assert error.seen == "it began to answer, then: no answer in time" and "ssh" not in error.remedy
+    assert [f.host for f in findings(reports, measured=[]) if f.check == "ssh"] == ["mac1"]
+
+
 def test_nobody_answers():
     found = findings([NoAnswer("no answer within 13 s")] * 2, measured=[])
     assert [(f.check, f.level) for f in found] == [("ssh", "error")] * 2
@@ -249,8 +256,8 @@ def test_the_wired_limit(four_bits):
     )
 
 
-def model(path: str, held: float, free: float) -> dict:
-    return {"model": {"path": path, "bytes": int(held * GIB), "free": int(free * GIB)}}
+def model(path: str, held: float, free: float, problem: str | None = None) -> dict:
+    return {"model": {"path": path, "bytes": int(held * GIB), "free": int(free * GIB), "problem": problem}}
 
 
 HUB = "/Users/me/.cache/huggingface/hub/models--MiniMaxAI--MiniMax-M3-4bit"
@@ -270,6 +277,13 @@ def test_disk(four_bits, path, held, free, level, remedy):
     reports = macs_with(256, 240.0, **model(path, held, free))
     found = [f for f in findings(reports, plan=four_bits, model="MiniMaxAI/MiniMax-M3-4bit") if f.check == "disk"]
     assert [f.level for f in found] == [level, level] and remedy in found[0].remedy
+
+
+def test_a_model_that_the_host_s_user_may_not_read(four_bits):
+    problem = "/Users/anna/M3: Permission denied"
+    reports = two(second=model("/Users/anna/M3", 0, 300, problem))
+    error = only(findings(reports, plan=four_bits, model="/Users/anna/M3"), "disk", "error")
+    assert (error.host, error.seen) == ("mac2", problem) and "let me read it there" in error.remedy
 
 
 def test_a_working_directory_that_is_missing():

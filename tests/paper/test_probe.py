@@ -114,7 +114,17 @@ def test_a_model_of_the_hub(tmp_path):
 
 
 def test_the_model_in_the_package_needs_nothing():
-    assert probe.find_model("tiny", "/", {}) == {"path": None, "bytes": 0, "free": 0}
+    assert probe.find_model("tiny", "/", {}) == {"path": None, "bytes": 0, "free": 0, "problem": None}
+
+
+def test_a_model_where_one_cannot_look(tmp_path):
+    """Whoever may do everything here can still not look into a name too long."""
+    long = str(tmp_path / ("x" * 300))
+    found = probe.find_model(long, "/", {})
+    assert (found["path"], found["bytes"], found["problem"]) == (long, 0, f"{long}: File name too long")
+    assert probe.find_model(str(tmp_path), "/", {})["problem"] is None
+    assert probe.find_model(str(tmp_path / "missing"), "/", {})["problem"] is None
+    assert probe.find_model(__file__, "/", {})["problem"] is None
 
 
 @pytest.mark.parametrize(
