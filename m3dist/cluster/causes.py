@@ -807,8 +807,8 @@ _MACHINE = (
             _SAYS + r"(?:\[malloc\] Unable to allocate \d+ bytes|MemoryError|std::bad_alloc|Cannot allocate memory)",
         ),
         what="The host has no memory left for this rank.",
-        remedy="`m3dist plan --model MODEL --machines GB,GB` shows what fits; --weights there and of generate gives a "
-        "rank less.",
+        remedy="`m3dist plan --model MODEL --machines GB,GB` shows what fits; `m3dist generate --weights W,W,...` "
+        "gives a rank less.",
         source="mlx #63, #2869",
     ),
 )
