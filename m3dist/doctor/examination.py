@@ -79,6 +79,10 @@ class Examination:
         """Whether the two are different machines, as far as the hostfile says."""
         return machine(self.hosts[host]) != machine(self.hosts[other])
 
+    def first(self, host: int) -> int:
+        """The first entry of the machine that host number `host` is on."""
+        return next(other for other in range(len(self.hosts)) if not self.apart(other, host))
+
     def needed(self, host: int) -> int | None:
         """Bytes of weights and cache that all ranks on a host's machine hold; None without a plan."""
         if self.plan is None:

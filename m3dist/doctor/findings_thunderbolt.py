@@ -67,8 +67,8 @@ def _device(seen: Examination, number: int, other: int, report: HostReport, name
         what = f"{name} {towards} does not exist; there are {', '.join(report.devices)}: names change with restarts"
         return Look("error", what, NEW_HOSTFILE)
     cabled = cables(seen.reports)
-    leads = [end[1] for end, ends in cabled.items() if end[0] == number and _is_at(ends, device)]
-    if leads and leads[0] != other:
+    leads = [end[1] for end, ends in cabled.items() if end[0] == seen.first(number) and _is_at(ends, device)]
+    if leads and leads[0] != seen.first(other):
         what = f"the cable at {name} leads to {seen.names[leads[0]]}, not {towards}"
         return Look("error", what, NEW_HOSTFILE)
     if device.active is False:

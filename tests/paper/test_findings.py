@@ -383,6 +383,28 @@ def test_cables_that_lead_elsewhere():
     ]
 
 
+def test_an_entry_a_rank():
+    """As mlx.launch has it: two ranks a Mac, each an entry. A cable leads to the Mac, whichever entry is meant."""
+    hosts = [host for host in RING_OF_TWO for _ in range(2)]
+    reports = [report for report in two() for _ in range(2)]
+    assert troubles(reports, hosts=hosts) == []
+    apart = [mac(f"mac{i}", addresses={"en0": f"10.0.0.{i}/24"}) for i in (1, 1, 2, 2)]
+    over_ethernet = [Host(f"mac{i}", ips=(f"10.0.0.{i}",)) for i in (1, 1, 2, 2)]
+    assert troubles(apart, hosts=over_ethernet) == []
+    notes = [f.seen for f in findings(reports, hosts=over_ethernet) if f.check == "cables"]
+    assert notes == [
+        "a Thunderbolt cable leads to mac1 (rank 1), but 10.0.0.2 is on en0",
+        "a Thunderbolt cable leads to mac2 (rank 3), but 10.0.0.1 is on en0",
+    ]
+
+
+def test_devices_of_an_entry_a_rank():
+    (first, second), (one, other) = JACCL_OF_TWO, ("rdma_en3", "rdma_en4")
+    hosts = [replace(first, rdma=(None, None, one, one))] * 2 + [replace(second, rdma=(other, other, None, None))] * 2
+    reports = [report for report in two() for _ in range(2)]
+    assert troubles(reports, hosts=hosts, backend="jaccl") == []
+
+
 def test_no_cable():
     reports = two({"cables": {}}, {"cables": {}})
     error = next(f for f in findings(reports) if f.check == "cables")
