@@ -154,7 +154,8 @@ def _ring(fabric: Fabric, backend: str) -> list[Candidate]:
 
 
 def _thunderbolt(fabric: Fabric, _: str) -> list[Candidate]:
-    """The ring over cables: a rank listens at the cable to the one before it. Two cables are two connections.
+    """The ring over cables: a rank listens at the cable to the one before it. Two cables are two connections, except
+    in a bridge, whose address they share. All ranks have equally many, as MLX demands.
 
     Raises Impossible.
     """
@@ -164,10 +165,11 @@ def _thunderbolt(fabric: Fabric, _: str) -> list[Candidate]:
     ips: dict[int, tuple[str, ...]] = {}
     for pair in pairs:
         found = [_far_address(fabric, pair, cable) for cable in fabric.cabled[pair][:wires]]
-        ips[pair[1]] = tuple(ip for ip in found if ip)
-        if len(ips[pair[1]]) < wires:
+        if None in found:
             raise Impossible(_commands(fabric, pairs))
-    return [_candidate("ring", (replace(fabric.hosts[i], ips=ips[i]) for i in order), "Thunderbolt")]
+        ips[pair[1]] = tuple(ip for ip in dict.fromkeys(found) if ip)
+    equal = min(map(len, ips.values()))
+    return [_candidate("ring", (replace(fabric.hosts[i], ips=ips[i][:equal]) for i in order), "Thunderbolt")]
 
 
 def _far_address(fabric: Fabric, pair: tuple[int, int], cable: Cable) -> str | None:

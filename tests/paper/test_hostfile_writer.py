@@ -78,6 +78,17 @@ def test_the_thunderbolt_bridge_joins_two():
     assert entries(proposed(reports)) == [("mac1", ("10.25.0.1",), ()), ("mac2", ("10.25.0.2",), ())]
 
 
+def test_two_cables_in_one_bridge_are_one_connection():
+    """MLX's ring wants as many connections to the left as to the right."""
+    cables = {1: ("mac2", 1), 2: ("mac2", 2)}, {1: ("mac1", 1), 2: ("mac1", 2)}
+    bridged = [{"en0": f"10.0.0.{i}/24", "bridge0": f"192.168.0.{i}/24"} for i in (1, 2)]
+    reports = [mac(f"mac{i + 1}", cables[i], bridged[i], bridge=["en2", "en3"]) for i in (0, 1)]
+    assert entries(proposed(reports, "ring")) == [("mac1", ("192.168.0.1",), ()), ("mac2", ("192.168.0.2",), ())]
+    apart = {"en0": "10.0.0.2/24", "en2": "192.168.0.2/24", "en3": "192.168.0.3/24"}
+    reports[1] = mac("mac2", cables[1], apart)
+    assert entries(proposed(reports, "ring")) == [("mac1", ("192.168.0.1",), ()), ("mac2", ("192.168.0.2",), ())]
+
+
 def self_assigned(en0: str) -> list[HostReport]:
     return two(
         {"addresses": {"en3": "169.254.7.1/16", "en0": en0.format(1)}},
