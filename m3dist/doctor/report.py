@@ -41,6 +41,7 @@ class Port:
     speed: int | None  # Gbit/s: of the cable, or at most where there is none
     peer: str | None = None
     peer_offers_rdma: bool = False
+    in_use: bool = False  # something is at the other end, and `speed` no longer says what the port could do
 
 
 @dataclass(frozen=True)
@@ -228,15 +229,20 @@ class HostReport:
     @cached_property
     def ports(self) -> tuple[Port, ...]:
         """The Thunderbolt ports, as mlx.distributed_config reads them (mlx/_distributed_utils/config.py)."""
-        buses = [bus for found in _objects(self.out("thunderbolt")) for bus in found.get("SPThunderboltDataType", [])]
+        buses = [bus for found in _objects(self.out("thunderbolt")) for bus in _parts(found, "SPThunderboltDataType")]
         interfaces = {name: interface for interface, name in self.hardware_ports.items()}
         return tuple(_port(bus, interfaces) for bus in buses if "domain_uuid_key" in bus)
 
     @property
     def thunderbolt_5(self) -> bool | None:
-        """Whether any port does more than the 40 Gbit/s of Thunderbolt 3 and 4; None where no port is known."""
-        speeds = [port.speed for port in self.ports if port.speed]
-        return max(speeds) > 40 if speeds else None
+        """Whether any port does more than the 40 Gbit/s of Thunderbolt 3 and 4; None where none says.
+
+        One in use may do more than the cable and what is at its other end.
+        """
+        speeds = [(port.speed, port.in_use) for port in self.ports if port.speed]
+        if any(speed > 40 for speed, _ in speeds):
+            return True
+        return None if all(in_use for _, in_use in speeds) else False
 
     @cached_property
     def devices(self) -> Mapping[str, Device]:
@@ -266,11 +272,18 @@ def _objects(text: str) -> list[Mapping[str, Any]]:
     return [each for each in (found if isinstance(found, list) else [found]) if isinstance(each, dict)]
 
 
+def _parts(found: Mapping[str, Any], name: str) -> list[Mapping[str, Any]]:
+    """The objects in a list, as far as there is one."""
+    parts = found.get(name)
+    return [each for each in parts if isinstance(each, dict)] if isinstance(parts, list) else []
+
+
 def _port(bus: Mapping[str, Any], interfaces: Mapping[str, str]) -> Port:
-    tag = bus.get("receptacle_1_tag", {})
-    speed = re.search(r"(\d+) Gb/s", tag.get("current_speed_key", ""))
-    peer: Mapping[str, Any] = next((item for item in bus.get("_items", []) if "domain_uuid_key" in item), {})
-    services = [service.get("protocol_id_key") for service in peer.get("services_title", [])]
+    tag = bus["receptacle_1_tag"] if isinstance(bus.get("receptacle_1_tag"), dict) else {}
+    says = str(tag.get("current_speed_key") or "")  # "80 Gb/s", or where nothing is plugged in, "Up to 80 Gb/s"
+    speed = re.search(r"(\d+) Gb/s", says)
+    peer: Mapping[str, Any] = next((item for item in _items(bus) if "domain_uuid_key" in item), {})
+    services = [service.get("protocol_id_key") for service in _parts(peer, "services_title")]
     receptacle = str(tag.get("receptacle_id_key", ""))
     return Port(
         receptacle,
@@ -279,7 +292,15 @@ def _port(bus: Mapping[str, Any], interfaces: Mapping[str, str]) -> Port:
         int(speed[1]) if speed else None,
         peer.get("domain_uuid_key"),
         RDMA_PROTOCOL in services,
+        bool(says) and not says.startswith("Up to"),
     )
+
+
+def _items(bus: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """What is plugged into a port, and into that: a Mac may be behind a dock."""
+    for item in _parts(bus, "_items"):
+        yield item
+        yield from _items(item)
 
 
 def _media_speed(block: str) -> int | None:

@@ -539,6 +539,11 @@ def test_rdma(first, seen, remedy):
     assert error.host == "mac1" and seen in error.seen and remedy in error.remedy
 
 
+def test_a_slow_cable_in_every_port_makes_no_thunderbolt_4():
+    reports = two({"receptacles": 2, "cable_speed": 40, "cables": {1: ("mac3", 1), 2: ("mac2", 3)}})
+    assert ("rdma", "mac1", "error") not in troubles(reports, hosts=JACCL_OF_TWO, backend="jaccl")
+
+
 def test_thunderbolt_4_is_never_sent_to_recovery():
     found = findings(two({"port_speed": 40, "cable_speed": 40, "devices": []}), hosts=JACCL_OF_TWO, backend="jaccl")
     assert not any("Recovery" in f.remedy for f in found)

@@ -2,6 +2,7 @@
 
 import json
 from ipaddress import IPv4Interface
+from typing import Any
 
 import pytest
 from macs import GIB, MESH, changed, domain, drive, four, mac, two
@@ -55,7 +56,7 @@ def test_speeds(media, speed):
 def test_thunderbolt_ports():
     report = mac("mac1", {2: ("mac2", 3)}, receptacles=2)
     unused = Port("1", domain("mac1", 1), "en2", 120)
-    assert report.ports == (Port("2", domain("mac1", 2), "en3", 80, domain("mac2", 3), True), unused)
+    assert report.ports == (Port("2", domain("mac1", 2), "en3", 80, domain("mac2", 3), True, True), unused)
 
 
 def test_a_drive_is_no_peer():
@@ -67,6 +68,40 @@ def test_a_drive_is_no_peer():
 
 def test_thunderbolt_4():
     assert mac("mac1", {1: ("mac2", 1)}, cable_speed=40, port_speed=40).thunderbolt_5 is False
+
+
+def test_a_slow_cable_does_not_say_what_the_port_could_do():
+    every = {port: ("mac2", port) for port in range(1, 5)}
+    assert mac("mac1", every, cable_speed=40).thunderbolt_5 is None
+    assert mac("mac1", every, cable_speed=80).thunderbolt_5 is True
+    assert mac("mac1", receptacles=0).thunderbolt_5 is None
+
+
+def test_a_mac_behind_a_dock():
+    report = mac("mac1", {2: ("mac2", 3)}, receptacles=2)
+    told = json.loads(report.out("thunderbolt"))
+    [bus] = [bus for bus in told["SPThunderboltDataType"] if "_items" in bus]
+    bus["_items"] = [drive() | {"_items": bus["_items"]}]
+    assert changed(report, thunderbolt=json.dumps(told)).ports == report.ports
+
+
+@pytest.mark.parametrize("nothing", [None, 7, "", [None, 7]])
+def test_what_a_port_does_not_say_is_not_known(nothing):
+    """Nothing raises, whatever stands where."""
+    report = mac("mac1", {2: ("mac2", 3)}, receptacles=2)
+    for path in ("current_speed_key", "receptacle_id_key", "receptacle_1_tag", "_items", "services_title"):
+        told = replaced(json.loads(report.out("thunderbolt")), path, nothing)
+        assert len(changed(report, thunderbolt=json.dumps(told)).ports) == 2
+    assert changed(report, thunderbolt=json.dumps({"SPThunderboltDataType": nothing})).ports == ()
+
+
+def replaced(found: Any, name: str, value: Any) -> Any:
+    """`found` with `value` for whatever is called `name`, however deep."""
+    if isinstance(found, list):
+        return [replaced(each, name, value) for each in found]
+    if isinstance(found, dict):
+        return {key: value if key == name else replaced(each, name, value) for key, each in found.items()}
+    return found
 
 
 def test_rdma_devices():
