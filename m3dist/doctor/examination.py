@@ -24,7 +24,7 @@ class Look(NamedTuple):
 
 @dataclass(frozen=True)
 class Finding:
-    """A look, and where and for what. `host` is a name of Examination.names, "one -> other", or "all"."""
+    """A look, and where and for what. `host` is a name of Examination.names, "one -> other", "all", or "launcher"."""
 
     check: str  # such as "ssh", "versions", "memory"
     host: str
@@ -35,7 +35,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Examination:
-    """All the evidence. `reports` are in the order of the hostfile's hosts; `ours` is agent.about() of the launcher."""
+    """All the evidence. `reports` are in the order of the hostfile's hosts; `ours` is survey.launcher's."""
 
     hostfile: Hostfile
     backend: str

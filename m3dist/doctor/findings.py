@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from m3dist.cluster.causes import recognise
 from m3dist.doctor.examination import Examination, Finding, Look
-from m3dist.doctor.findings_host import HOST_CHECKS
+from m3dist.doctor.findings_host import HOST_CHECKS, launcher_findings
 from m3dist.doctor.findings_network import address_findings, firewall, link_findings
 from m3dist.doctor.findings_thunderbolt import thunderbolt_findings
 from m3dist.doctor.report import HostReport, NoAnswer
@@ -41,6 +41,7 @@ def _find(seen: Examination) -> Iterator[Finding]:
         for number, report in seen.reached():
             for look in look_at(seen, number, report):
                 yield Finding(check, seen.names[number], *look)
+    yield from launcher_findings(seen)
     yield from address_findings(seen)
     yield from link_findings(seen)
     yield from thunderbolt_findings(seen)

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Iterator, Mapping
 
-from m3dist.doctor.examination import Examination, Look, gib
+from m3dist.doctor.examination import Examination, Finding, Look, gib
 from m3dist.doctor.report import HostReport
 from m3dist.errors import PlanError
 from m3dist.metal import ACTIVATIONS, fast_synch_risk, wiring
@@ -118,6 +118,18 @@ def mpi(seen: Examination, number: int, report: HostReport) -> Iterator[Look]:
         yield Look("error", f"Open MPI {report.open_mpi}, elsewhere {others[0]}", "install the same one on all hosts")
     else:
         yield Look("ok", f"Open MPI {report.open_mpi}")
+
+
+def launcher_findings(seen: Examination) -> Iterator[Finding]:
+    """Over MPI: the launcher, which may be none of the hosts, has mpirun and an address that each of them can reach."""
+    if seen.backend != "mpi":
+        return
+    if seen.ours["mpirun"] is None:
+        advice = "install Open MPI here too, or start the job on one of the hosts"
+        yield Finding("mpi", "launcher", "error", "no mpirun is on PATH here, which starts the ranks", advice)
+    for ssh, problem in seen.ours["no way"].items():
+        advice = "MPI does not read ~/.ssh/config: name an address of that host in its `ips`"
+        yield Finding("mpi", "launcher", "error", f"{ssh}: {problem}", advice)
 
 
 def settings(seen: Examination, number: int, report: HostReport) -> Iterator[Look]:

@@ -11,12 +11,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from m3dist.cluster.agent import about
 from m3dist.cluster.hostfile import Hostfile
 from m3dist.doctor.examination import Examination, Finding, gib
 from m3dist.doctor.findings import find, works
 from m3dist.doctor.report import HostReport
-from m3dist.doctor.survey import Measured, Survey
+from m3dist.doctor.survey import Measured, Survey, launcher
 from m3dist.doctor.topology import needed_links
 from m3dist.errors import M3Error
 from m3dist.plan import Plan, plan_world
@@ -51,7 +50,7 @@ def examine(hostfile: Hostfile, model: str | None = None, plan: Plan | None = No
     with Survey(hostfile, SECONDS) as survey:
         reports = survey.describe(model)
         measured = survey.measure(needed_links(backend, hostfile.hosts, reports))
-    return Examination(hostfile, backend, reports, about(), measured, model, plan, context)
+    return Examination(hostfile, backend, reports, launcher(hostfile, backend), measured, model, plan, context)
 
 
 def _plan(args: argparse.Namespace, hostfile: Hostfile) -> tuple[Plan | None, list[Finding]]:

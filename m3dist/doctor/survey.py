@@ -5,6 +5,7 @@ All hosts at once, each answer within a time: a host that is switched off or sil
 
 import os
 import secrets
+import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -13,9 +14,11 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, TypeVar
 
+from m3dist.cluster.agent import about
 from m3dist.cluster.channel import ChannelClosed, Message
 from m3dist.cluster.environment import LaunchError
 from m3dist.cluster.hostfile import Host, Hostfile
+from m3dist.cluster.mpi import own_addresses
 from m3dist.cluster.ssh import Remote
 from m3dist.doctor.report import HostReport, NoAnswer
 from m3dist.doctor.topology import Link, rounds
@@ -180,6 +183,24 @@ class _Asked:
             ended = time.time()
             found.append((ended - began, theirs - (began + ended) / 2))
         return float(min(found)[1])
+
+
+def launcher(hostfile: Hostfile, backend: str) -> dict[str, Any]:
+    """What the launcher says of itself: agent.about(); for MPI also the path of its own mpirun, which starts the ranks,
+    and ssh names -> why the launcher finds no way to that host."""
+    if backend != "mpi":
+        return about()
+    hosts = list({host.ssh: host for host in hostfile.hosts}.values())
+    found = {host.ssh: why for host, why in zip(hosts, _all_at_once(_no_way, hosts)) if why}
+    return about() | {"mpirun": shutil.which("mpirun"), "no way": found}
+
+
+def _no_way(host: Host) -> str | None:
+    try:
+        own_addresses([host])
+    except LaunchError as error:
+        return str(error).removeprefix(f"host {host.ssh}: ")
+    return None
 
 
 def machine(host: Host) -> object:

@@ -20,6 +20,7 @@ JACCL_OF_TWO = (
     Host("mac1", ips=("10.0.0.1",), rdma=(None, "rdma_en3")),
     Host("mac2", ips=("10.0.0.2",), rdma=("rdma_en4", None)),
 )
+MPI_HERE = ABOUT | {"mpirun": "/opt/homebrew/bin/mpirun", "no way": {}}
 FAST = {"round_trip": 0.3e-3, "bandwidth": 3e9}
 
 
@@ -27,7 +28,7 @@ def examined(reports, hosts=RING_OF_TWO, backend="ring", measured=None, **others
     """All links measured and fast, unless given."""
     links = needed_links(backend, hosts, reports)
     measured = [Measured(link, **FAST) for link in links] if measured is None else measured
-    others = {"ours": ABOUT, "measured": measured} | others
+    others = {"ours": MPI_HERE if backend == "mpi" else ABOUT, "measured": measured} | others
     return Examination(Hostfile("hosts.json", backend, {}, tuple(hosts)), backend, reports, **others)
 
 
@@ -603,6 +604,16 @@ def test_open_mpi():
     reports = [with_open_mpi(two())[0], without(two()[1], backends=["mpi"])]
     error = only(findings(reports, hosts=hosts, backend="mpi"), "mpi", "error")
     assert error.seen == "no Open MPI there: `mpirun --version` says not found"
+
+
+def test_mpirun_starts_on_the_launcher():
+    """Which may be no host of the file, and must reach each by an address."""
+    hosts, ours = [Host("mac1"), Host("mac2")], MPI_HERE | {"mpirun": None}
+    error = only(findings(with_open_mpi(two()), hosts=hosts, backend="mpi", ours=ours), "mpi", "error")
+    assert error.host == "launcher" and "no mpirun is on PATH here" in error.seen
+    ours = MPI_HERE | {"no way": {"mac2": "no way to mac2: Name or service not known"}}
+    error = only(findings(with_open_mpi(two()), hosts=hosts, backend="mpi", ours=ours), "mpi", "error")
+    assert error.seen == "mac2: no way to mac2: Name or service not known" and "`ips`" in error.remedy
 
 
 def test_mpi_is_measured_where_both_have_an_address():

@@ -168,6 +168,17 @@ def test_one_host_that_cannot_be_reached_is_a_finding(ssh):
     assert json.dumps(as_json(seen, found, 1.0))
 
 
+@pytest.mark.mpi
+def test_mpi_needs_more_of_a_name_than_ssh(ssh, tmp_path, monkeypatch):
+    """A name that ~/.ssh/config alone knows leads ssh to the host, but not the launcher, which starts mpirun."""
+    seen, found = examined(Host("alpha.invalid", python=sys.executable), Host("127.0.0.1"), backend="mpi")
+    [finding] = [f for f in found if f.level == "error" and f.check == "mpi"]
+    assert finding.host == "launcher" and finding.seen.startswith("alpha.invalid: no way to alpha.invalid: ")
+    assert isinstance(seen.reports[0], HostReport)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    assert survey.launcher(seen.hostfile, "mpi")["mpirun"] is None
+
+
 def test_a_host_without_m3dist(ssh, tmp_path):
     bare = script(tmp_path / "python", "#!/bin/sh\necho '/usr/bin/python3: No module named m3dist' >&2\nexit 1\n")
     _, found = examined(host("alpha"), host("beta", python=str(bare)))
