@@ -10,6 +10,7 @@ from m3dist.doctor.report import Device, HostReport
 from m3dist.doctor.topology import Cable, cables, find_ring
 from m3dist.machines import LARGEST_MESH
 
+TIMED_OUT = 124  # as probe.run says it
 OLDEST_RDMA, LARGE_FRAMES = (26, 2), (26, 3)  # macOS
 NEW_HOSTFILE = "`m3dist hostfile --hosts ... --backend jaccl` finds the devices"
 USE_RING = "use the ring (TCP) over the same cables: `m3dist hostfile --hosts ... --backend ring`"
@@ -20,8 +21,8 @@ def thunderbolt_findings(seen: Examination) -> Iterator[Finding]:
     """For jaccl, each Mac's devices as the hostfile has them; always, cables that are slow or form a circle."""
     if seen.backend.startswith("jaccl"):
         for number, report in seen.reached():
-            if report.mac:
-                yield from (Finding("rdma", seen.names[number], *look) for look in _rdma(seen, number, report))
+            look_at = _rdma if report.mac else _elsewhere
+            yield from (Finding("rdma", seen.names[number], *look) for look in look_at(seen, number, report))
         yield from (Finding("rdma", "all", *look) for look in _mesh(seen))
     yield from _slow_cables(seen)
     yield from (Finding("cables", "all", *look) for look in _circle(seen))
@@ -39,6 +40,10 @@ def _mesh(seen: Examination) -> Iterator[Look]:
 
 def _rdma(seen: Examination, number: int, report: HostReport) -> Iterator[Look]:
     """Whether a Mac can do RDMA at all; and if so, each device that the hostfile gives it."""
+    late = [name for name in ("thunderbolt", "ibv_devices", "ibv_devinfo") if report.status(name) == TIMED_OUT]
+    if late:
+        what = f"cables and devices could not be read: no answer in time ({', '.join(late)})"
+        yield Look("warning", what, "ask again")
     if report.macos and report.macos < OLDEST_RDMA:
         yield Look("error", f"{report.system} has no RDMA over Thunderbolt", f"update to macOS 26.2, or {USE_RING}")
     elif report.thunderbolt_5 is False:
@@ -47,13 +52,30 @@ def _rdma(seen: Examination, number: int, report: HostReport) -> Iterator[Look]:
         yield Look("error", f"its ports are Thunderbolt 4 or older ({most} Gb/s): RDMA needs Thunderbolt 5", USE_RING)
     elif report.rdma_enabled is False:
         yield Look("error", "`rdma_ctl status` says disabled", RECOVERY)
-    elif not report.devices:
+    elif not report.devices and not late:
         what = f"`rdma_ctl status` says {report.out('rdma_ctl').strip() or 'nothing'}, `ibv_devices` lists no device"
         yield Look("error", what, f"{RECOVERY}; after an update of macOS perhaps again; or {USE_RING}")
-    else:
-        for other, wires in enumerate(seen.hosts[number].rdma):
-            for name in () if wires is None else (wires,) if isinstance(wires, str) else wires:
-                yield _device(seen, number, other, report, name)
+    elif report.devices:
+        for other, name in _named(seen, number):
+            yield _device(seen, number, other, report, name)
+
+
+def _elsewhere(seen: Examination, number: int, report: HostReport) -> Iterator[Look]:
+    """Not a Mac: whether the devices are there; nothing is known of how jaccl would do there."""
+    if report.status("ibv_devices") != 0:
+        said = report.raw["outputs"].get("ibv_devices", {}).get("error", "").strip() or "nothing"
+        what = f"its RDMA devices could not be read: `ibv_devices` says {said}"
+        yield Look("warning", what, "install it there (Debian: ibverbs-utils), and ask again")
+        return
+    for other, name in _named(seen, number):
+        yield _missing(seen, other, report, name) or Look("ok", f"{name} towards {seen.names[other]} exists")
+
+
+def _named(seen: Examination, number: int) -> Iterator[tuple[int, str]]:
+    """The devices that the hostfile gives a host, and the host that each is towards."""
+    for other, wires in enumerate(seen.hosts[number].rdma):
+        for name in () if wires is None else (wires,) if isinstance(wires, str) else wires:
+            yield other, name
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -62,10 +84,9 @@ def _rdma(seen: Examination, number: int, report: HostReport) -> Iterator[Look]:
 
 def _device(seen: Examination, number: int, other: int, report: HostReport, name: str) -> Look:
     """Whether a device is there, at the right cable, up, and has an address."""
-    device, towards = report.devices.get(name), f"towards {seen.names[other]}"
-    if device is None:
-        what = f"{name} {towards} does not exist; there are {', '.join(report.devices)}: names change with restarts"
-        return Look("error", what, NEW_HOSTFILE)
+    if missing := _missing(seen, other, report, name):
+        return missing
+    device, towards = report.devices[name], f"towards {seen.names[other]}"
     cabled = cables(seen.reports)
     leads = [end[1] for end, ends in cabled.items() if end[0] == seen.first(number) and _is_at(ends, device)]
     if leads and leads[0] != seen.first(other):
@@ -74,6 +95,13 @@ def _device(seen: Examination, number: int, other: int, report: HostReport, name
     if device.active is False:
         return Look("error", f"{name} {towards} is down", _why_down(report, device))
     return _address(report, device, towards)
+
+
+def _missing(seen: Examination, other: int, report: HostReport, name: str) -> Look | None:
+    if name in report.devices:
+        return None
+    there = f"there are {', '.join(report.devices)}: names change with restarts" if report.devices else "there is none"
+    return Look("error", f"{name} towards {seen.names[other]} does not exist; {there}", NEW_HOSTFILE)
 
 
 def _is_at(ends: list[Cable], device: Device) -> bool:
@@ -103,7 +131,8 @@ def _address(report: HostReport, device: Device, towards: str) -> Look:
         found = any(gid.lower().startswith("::ffff:") for gid in device.addresses)
     held = f"; the Thunderbolt Bridge {bridge.name} holds its port" if bridge else ""
     if found:
-        return Look("note" if bridge else "ok", f"{device.name} {towards} is up and has an IPv4 address{held}")
+        up = "is up and " if device.active else ""  # or not known
+        return Look("note" if bridge else "ok", f"{device.name} {towards} {up}has an IPv4 address{held}")
     release = f"sudo ifconfig {bridge.name} deletem {device.interface}; " if bridge else ""
     give = f"sudo ifconfig {device.interface} inet 169.254.0.1 netmask 255.255.0.0 alias"
     what = f"{device.name} {towards} has no IPv4 address{held}: jaccl would fail with errno 22"

@@ -572,6 +572,39 @@ def test_several_cables_between_two():
     assert troubles(reports, hosts=hosts, backend="jaccl-ring") == []
 
 
+def silent(report: HostReport, *commands: str) -> HostReport:
+    """Where those commands take too long."""
+    report = changed(report)
+    report.raw["outputs"].update({name: {"status": 124, "out": "", "error": "no answer"} for name in commands})
+    return report
+
+
+@pytest.mark.parametrize("commands", [["thunderbolt"], ["ibv_devinfo"], ["thunderbolt", "ibv_devices", "ibv_devinfo"]])
+def test_devices_that_could_not_be_read(commands):
+    """Neither in order nor an error: nothing is known."""
+    first, second = two()
+    found = findings([silent(first, *commands), second], hosts=JACCL_OF_TWO, backend="jaccl")
+    warning = only(found, "rdma", "warning")
+    assert works(found) and warning.host == "mac1"
+    assert warning.seen == f"cables and devices could not be read: no answer in time ({', '.join(commands)})"
+
+
+@pytest.mark.parametrize(
+    "devices, level, seen",
+    [
+        (["rdma_en3"], "ok", "rdma_en3 towards mac2 exists"),
+        (["mlx5_0"], "error", "rdma_en3 towards mac2 does not exist; there are mlx5_0: names change with restarts"),
+        ([], "error", "rdma_en3 towards mac2 does not exist; there is none"),
+        (None, "warning", "its RDMA devices could not be read: `ibv_devices` says not found"),
+    ],
+)
+def test_devices_of_a_host_that_is_no_mac(devices, level, seen):
+    report = two({"devices": devices, "platform": "linux", "system": "Linux 6.1"})[0]
+    report = changed(report, ibv_devices=None, ibv_devinfo=None) if devices is None else report
+    found = findings([report, two()[1]], hosts=JACCL_OF_TWO, backend="jaccl")
+    assert [(f.level, f.seen) for f in found if f.check == "rdma" and f.host == "mac1"] == [(level, seen)]
+
+
 def test_frames_differ_before_26_3():
     reports = two({"macos": "26.2"})
     assert ("rdma", "all", "warning") in troubles(reports, hosts=JACCL_OF_TWO, backend="jaccl")
