@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from typing import Any, NoReturn
@@ -21,6 +22,8 @@ from m3dist.cluster.environment import Launch
 from m3dist.cluster.hostfile import (
     BACKENDS,
     DESTINATION,
+    PYTHON,
+    PYTHONS,
     USER_VARIABLES,
     Host,
     Hostfile,
@@ -281,8 +284,10 @@ def doctor(parser: argparse.ArgumentParser, args: argparse.Namespace, argv: list
 
 def hostfile(parser: argparse.ArgumentParser, args: argparse.Namespace, argv: list[str]) -> int:
     """Write a hostfile for --hosts, or check one."""
-    if args.check and (args.output or args.backend):
-        parser.error("argument --check: not allowed with -o or --backend, which are for --hosts")
+    if args.check and (args.output or args.backend or args.python):
+        parser.error("argument --check: not allowed with -o, --backend or --python, which are for --hosts")
+    if args.python:
+        args.hosts = tuple(host if host.local else replace(host, python=args.python) for host in args.hosts)
     from m3dist.doctor.hostfile_writer import main as hostfile_main
 
     return hostfile_main(args)
@@ -536,8 +541,15 @@ def add_hostfile(parser: argparse.ArgumentParser) -> None:
         type=host_names,
         help="names that ssh knows, such as mac1.local or me@mac1.local; 127.0.0.1 is this machine",
     )
-    add(what, "--check", metavar="FILE", type=nonempty, help="a hostfile")
+    add(what, "--check", metavar="FILE", type=nonempty, help="a hostfile; m3dist doctor measures its links too")
     add(parser, "--backend", choices=BACKENDS[:-1], help="default: the fastest of jaccl, jaccl-ring and ring")
+    add(
+        parser,
+        "--python",
+        metavar="PATH",
+        type=interpreter,
+        help="which has m3dist on those hosts, such as '~/venv/bin/python' (in quotes); default: the path of this one",
+    )
     add(parser, "-o", "--output", metavar="FILE", type=nonempty, help="where to write; default: standard output")
 
 
@@ -795,6 +807,13 @@ def host_names(text: str) -> tuple[Host, ...]:
     if len(found) > MAX_RANKS:
         raise argparse.ArgumentTypeError(f"must be at most {MAX_RANKS} hosts, not {len(found)}")
     return tuple(found)
+
+
+def interpreter(text: str) -> str:
+    """A host's Python, as a hostfile's `python`."""
+    if not PYTHON.fullmatch(text):
+        raise argparse.ArgumentTypeError(f"must be {PYTHONS}, not {text!r}")
+    return unicode(text)
 
 
 def unicode(text: str) -> str:

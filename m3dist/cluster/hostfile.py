@@ -255,10 +255,14 @@ def _path(value: Value) -> str:
     return text
 
 
+PYTHON = re.compile(r"~?/.*|[^-/\n][^/\n]*")
+PYTHONS = "an absolute path, a path that begins with ~/, or a command such as python3"
+
+
 def _python(value: Value) -> str:
     path = _path(value)
-    if path.startswith("-") or ("/" in path and not path.startswith(("/", "~/"))):
-        raise value.must_be("an absolute path, a path that begins with ~/, or a command such as python3")
+    if not PYTHON.fullmatch(path):
+        raise value.must_be(PYTHONS)
     return path
 
 

@@ -39,7 +39,8 @@ def write(hosts: Sequence[Host], backend: str | None, output: str | None) -> int
         reports = [report for _, report in seen.reached()]
         if len(reports) < len(hosts):
             for number, name in enumerate(seen.names):
-                _say(_as_line(Finding("ssh", name, *reachability(seen, number))))
+                line = _as_line(Finding("ssh", name, *reachability(seen, number)))
+                _say(line.replace("the hostfile's `python`", "--python"))  # there is no hostfile yet
             return 1
         proposal = propose(hosts, reports, backend)
         for note in proposal.notes:
@@ -73,11 +74,12 @@ def _connects(survey: Survey, candidate: Candidate, reports: Sequence[HostReport
 
 
 def as_text(hostfile: Hostfile) -> str:
-    """The JSON of mlx.launch, a line a host."""
+    """The JSON of mlx.launch, a line a host; where a host has a `python`, which mlx.launch ignores, that too."""
     entries = []
     for host in hostfile.hosts:
         entry: dict[str, Any] = {"ssh": f"{host.user}@{host.ssh}" if host.user else host.ssh, "ips": list(host.ips)}
-        entries.append(entry | ({"rdma": list(host.rdma)} if host.rdma else {}))
+        entry |= {"rdma": list(host.rdma)} if host.rdma else {}
+        entries.append(entry | ({"python": host.python} if host.python else {}))
     rows = ",\n".join(f"        {json.dumps(entry)}" for entry in entries)
     return f'{{\n    "backend": {json.dumps(hostfile.backend)},\n    "hosts": [\n{rows}\n    ]\n}}\n'
 
@@ -92,6 +94,7 @@ def check(path: str) -> int:
     findings += [*address_findings(seen), *thunderbolt_findings(seen)]
     for finding in findings:
         print(_as_line(finding))
+    print(f"note: no link was measured: m3dist doctor --hostfile {path} does")
     print(f"{path} holds" if works(findings) else f"{path} does not hold any more")
     return 0 if works(findings) else 1
 

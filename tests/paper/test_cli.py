@@ -153,6 +153,28 @@ def test_a_user_of_this_machine_is_refused_as_in_a_hostfile(capsys, name):
     assert said in capsys.readouterr().err
 
 
+def test_the_python_of_the_hosts(called, monkeypatch):
+    """Of the others: this machine's is the one that runs."""
+    monkeypatch.setitem(sys.modules, "m3dist.doctor.hostfile_writer", sys.modules["m3dist.generate"])
+    assert run("hostfile", "--hosts", "127.0.0.1,mac2", "--python", "~/venv/bin/python") == 0
+    assert [(host.ssh, host.python) for host in called[0][0].hosts] == [
+        ("127.0.0.1", None),
+        ("mac2", "~/venv/bin/python"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        ("--hosts mac1 --python venv/bin/python", "argument --python: must be an absolute path, a path that begins"),
+        ("--check hosts.json --python python3", "argument --check: not allowed with -o, --backend or --python"),
+    ],
+)
+def test_no_python_of_the_hosts(capsys, argv, message):
+    assert run("hostfile", *argv.split()) == 2
+    assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("n", [[], ["-n", "2"]])
 def test_a_rank_is_a_rank(called, monkeypatch, n):
     launch = Launch("mpirun", "mpi", 1, 2)

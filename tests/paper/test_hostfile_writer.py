@@ -1,13 +1,14 @@
 """Which hostfiles are proposed for which hosts, from recorded evidence; and that what is written can be read."""
 
 import json
+import os
 
 import pytest
 from macs import MESH, RING, four, mac, two
 from mlx._distributed_utils.common import Hostfile as MlxHostfile
 
 from m3dist.cluster.hostfile import Host, read_hostfile
-from m3dist.doctor.hostfile_writer import as_text
+from m3dist.doctor.hostfile_writer import as_text, check, write
 from m3dist.doctor.proposal import Proposal, propose
 from m3dist.doctor.report import HostReport
 
@@ -262,3 +263,30 @@ def test_a_user_is_part_of_the_name():
     reports = [on(i, addresses={"en0": f"10.0.0.{i}/24"}) for i in (1, 2)]
     text = as_text(propose([Host("mac1", user="me"), Host("mac2")], reports).candidates[0].hostfile)
     assert [host["ssh"] for host in json.loads(text)["hosts"]] == ["me@mac1", "mac2"]
+
+
+def test_the_python_of_a_host_is_written(tmp_path):
+    reports = [on(i, addresses={"en0": f"10.0.0.{i}/24"}) for i in (1, 2)]
+    found = propose([Host("mac1"), Host("mac2", python="~/venv/bin/python")], reports).candidates[0].hostfile
+    path = tmp_path / "hosts.json"
+    path.write_text(as_text(found))
+    assert [host.python for host in read_hostfile(str(path)).hosts] == [None, "~/venv/bin/python"]
+
+
+def test_a_host_without_that_python_gets_another_by_a_flag(tmp_path, monkeypatch, capsys):
+    """The hostfile whose `python` the known cause speaks of is still to be written. This `ssh` starts things here."""
+    (tmp_path / "ssh").write_text('#!/bin/sh\nwhile [ "$1" != -- ]; do shift; done\nexec /bin/sh -c "$3"\n')
+    (tmp_path / "ssh").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    assert write([Host("mac1", python="/no/such/python")], None, None) == 1
+    assert "=> Give the host's Python by its full path in --python, such as ~/venv/bin" in capsys.readouterr().err
+
+
+def test_a_check_says_what_it_does_not_measure(tmp_path, capsys):
+    path = tmp_path / "hosts.json"
+    path.write_text('{"backend": "ring", "hosts": [{"ssh": "127.0.0.1", "ips": ["127.0.0.1"]}]}')
+    assert check(str(path)) == 0
+    assert capsys.readouterr().out.splitlines()[-2:] == [
+        f"note: no link was measured: m3dist doctor --hostfile {path} does",
+        f"{path} holds",
+    ]
