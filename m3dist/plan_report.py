@@ -129,6 +129,11 @@ def usable(machines: list[float], flag: str) -> list[float]:
     return [memory - RESERVE_GIB for memory in machines]
 
 
+def room(memory: float) -> int:
+    """Bytes that weights and caches may take of `memory` GiB; negative where it is less than what is reserved."""
+    return int((memory - RESERVE_GIB) * GIB)
+
+
 def rank_report(plan: Plan, rank: int, memory: float | None, context: int | None) -> RankReport:
     """One rank's numbers, and whether they fit into `memory` GB with `context` tokens of cache."""
     share, c = plan.shares[rank], plan.inventory.config
@@ -143,14 +148,14 @@ def rank_report(plan: Plan, rank: int, memory: float | None, context: int | None
     columns = width("expert") * (c.intermediate_size // share.counts["expert"]) if "expert" in share.counts else 0
     longest, problem = None, None
     if memory is not None:
-        room = int((memory - RESERVE_GIB) * GIB) - held
-        longest = max(0, min(room // cache, c.max_position_embeddings))
-        if room < 0:
+        left = room(memory) - held
+        longest = max(0, min(left // cache, c.max_position_embeddings))
+        if left < 0:
             problem = (
-                f"its weights are {_gib(held)}, {_gib(-room)} more than {memory:g} GB less {RESERVE_GIB:g} reserved"
+                f"its weights are {_gib(held)}, {_gib(-left)} more than {memory:g} GB less {RESERVE_GIB:g} reserved"
             )
         elif context and longest < context:
-            problem = f"{context} tokens need {_gib(context * cache)} of cache, {_gib(context * cache - room)} too much"
+            problem = f"{context} tokens need {_gib(context * cache)} of cache, {_gib(context * cache - left)} too much"
     return RankReport(
         rank=rank,
         query_heads=stop - start,

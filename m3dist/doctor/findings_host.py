@@ -7,6 +7,7 @@ from m3dist.doctor.examination import Examination, Finding, Look, gib
 from m3dist.doctor.report import HostReport
 from m3dist.errors import PlanError
 from m3dist.metal import ACTIVATIONS, fast_synch_risk, wiring
+from m3dist.plan_report import RESERVE_GIB, room
 
 SKEW, LARGE_SKEW = 2.0, 60.0  # seconds
 PRESENT = 0.95  # of a checkpoint's bytes: files may hold a little less or more than the tensors that m3dist counts
@@ -49,12 +50,17 @@ def memory(seen: Examination, number: int, report: HostReport) -> Iterator[Look]
     if needed is None:
         yield Look("ok", have)
         return
+    what = f"weights{', cache' if seen.context else ''}"
     wanted = needed + (ACTIVATIONS if report.mac else 0)
-    need = f"weights{', cache' if seen.context else ''} and activations need {gib(wanted)}"
-    if wanted > total:
+    need = f"{what} and activations need {gib(wanted)}"
+    if limit is not None and needed > room(limit):
+        allowed = f"the hostfile's memory_gb allows {limit:g} GB less {RESERVE_GIB:g} reserved"
+        yield Look("error", f"{what} need {gib(needed)}, {allowed}", LESS)
+    elif seen.backend == "nccl" or report.mlx.get("cuda"):
+        advice = "`nvidia-smi` says there how much it has, and how much is free"
+        yield Look("note", f"{what} need {gib(needed)}: the memory of its GPU is not compared", advice)
+    elif wanted > total:
         yield Look("error", f"{need}, it has {gib(total)}", LESS)
-    elif limit is not None and wanted > limit * 1e9:
-        yield Look("error", f"{need}, the hostfile's memory_gb allows {limit:g} GB", LESS)
     elif wanted > available:
         # Linux ends processes then; macOS first compresses and swaps what others hold.
         yield Look("warning" if report.mac else "error", f"{need}, {have}", f"end other programs there; or {LESS}")

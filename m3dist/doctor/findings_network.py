@@ -75,7 +75,10 @@ def _shared(seen: Examination) -> Iterator[Finding]:
 
 
 def _place(seen: Examination, link: Link) -> Iterator[Look]:
-    """Whether a ring's address is at the cable from the host that connects to it: cables and addresses move."""
+    """Whether a ring's address is at the cable from the host that connects to it: cables and addresses move.
+
+    Where the link was measured to work all the same, a job would.
+    """
     here, there = seen.first(link.source), seen.first(link.target)  # cables have machines at their ends, not entries
     source, target = seen.reports[here], seen.reports[there]
     if here == there or isinstance(source, NoAnswer) or isinstance(target, NoAnswer):
@@ -87,11 +90,12 @@ def _place(seen: Examination, link: Link) -> Iterator[Look]:
     port = next((port for port in target.ports if port.interface == interface.name), None)
     leads = [end[1] for end, ends in cabled.items() if end[0] == there and any(c.here == port for c in ends)]
     networks = {own.network for each in source.interfaces.values() for own in each.addresses}
+    level = "warning" if any(each.link == link and each.works for each in seen.measured) else "error"
     if port and leads and leads[0] != here:
         what = f"{link.address} is on {interface.name}, whose cable leads to {seen.names[leads[0]]}, not to {peer}"
-        yield Look("error", what, f"swap the cables or the addresses; or {NEW_HOSTFILE}")
+        yield Look(level, what, f"swap the cables or the addresses; or {NEW_HOSTFILE}")
     elif port and not port.peer:
-        yield Look("error", f"no Mac is at the cable of {interface.name}, which has {link.address}", NEW_HOSTFILE)
+        yield Look(level, f"no Mac is at the cable of {interface.name}, which has {link.address}", NEW_HOSTFILE)
     elif interface.kind in ("ethernet", "wifi") and (here, there) in cabled:
         what = f"a Thunderbolt cable leads to {peer}, but {link.address} is on {interface.name}"
         yield Look("note", what, NEW_HOSTFILE)

@@ -13,7 +13,7 @@ from m3dist.doctor.report import HostReport, NoAnswer
 from m3dist.doctor.survey import Measured
 from m3dist.doctor.topology import Link, needed_links
 from m3dist.plan import make_plan
-from m3dist.plan_report import inventory_of
+from m3dist.plan_report import inventory_of, rank_report
 
 RING_OF_TWO = (Host("mac1", ips=("192.168.0.1",)), Host("mac2", ips=("192.168.0.2",)))
 JACCL_OF_TWO = (
@@ -236,9 +236,30 @@ def test_memory_that_others_hold(four_bits):
 
 
 def test_the_hostfile_s_memory(four_bits):
-    hosts = (replace(RING_OF_TWO[0], memory_gb=100.0), RING_OF_TWO[1])
+    """GB as Apple sells them, and as `plan --machines` takes them: 111.7 GiB and a reserve of 10 fit into 122 GB."""
+    hosts = (replace(RING_OF_TWO[0], memory_gb=121.0), replace(RING_OF_TWO[1], memory_gb=122.0))
     error = only(findings(macs_with(256, 240.0), hosts=hosts, plan=four_bits), "memory", "error")
-    assert error.host == "mac1" and "memory_gb allows 100 GB" in error.seen
+    assert error.host == "mac1"
+    assert error.seen == "weights need 111.7 GiB, the hostfile's memory_gb allows 121 GB less 10 reserved"
+
+
+def test_what_the_plan_says_of_a_machine_doctor_says_too(four_bits):
+    for memory in (121.0, 122.0):
+        plans = rank_report(four_bits, 0, memory, None).problem
+        hosts = (replace(RING_OF_TWO[0], memory_gb=memory), RING_OF_TWO[1])
+        assert works(findings(macs_with(256, 240.0), hosts=hosts, plan=four_bits)) == (plans is None)
+
+
+@pytest.mark.parametrize("backend, cuda", [("nccl", None), ("ring", True)])
+def test_memory_of_nvidia_gpus(four_bits, backend, cuda):
+    """It is not the host's, which says nothing: neither that it is too little nor that it is enough."""
+    for gib in (8, 512):
+        meminfo = f"MemTotal: {gib * 2**20} kB\nMemAvailable: {gib * 2**20} kB\n"
+        hosts = [changed(report, memory=meminfo) for report in macs_with(1, 1.0, platform="linux")]
+        reports = [without(report, backends=["ring", "nccl"], cuda=bool(cuda)) for report in hosts]
+        found = [f for f in findings(reports, plan=four_bits, backend=backend) if f.check == "memory"]
+        assert [f.level for f in found] == ["note", "note"]
+        assert found[0].seen == "weights need 111.7 GiB: the memory of its GPU is not compared"
 
 
 def test_entries_of_one_machine_share_its_memory(four_bits):
@@ -376,7 +397,7 @@ def test_a_ring_of_four():
 
 def test_cables_that_lead_elsewhere():
     """As after a restart or a re-cabling: the addresses are there, but face other Macs."""
-    found = [f for f in findings(**ring_of_four(1, 2, 3, 4)) if f.check == "cables"]
+    found = [f for f in findings(**ring_of_four(1, 2, 3, 4), measured=[]) if f.check == "cables"]
     assert [(f.level, f.seen) for f in found] == [
         ("error", "192.168.0.13 is on en3, whose cable leads to mac3, not to mac1"),
         ("error", "192.168.0.2 is on en2, whose cable leads to mac1, not to mac2"),
@@ -408,8 +429,15 @@ def test_devices_of_an_entry_a_rank():
 
 def test_no_cable():
     reports = two({"cables": {}}, {"cables": {}})
-    error = next(f for f in findings(reports) if f.check == "cables")
-    assert error.seen == "no Mac is at the cable of en4, which has 192.168.0.2"
+    error = next(f for f in findings(reports, measured=failed("ETIMEDOUT")) if f.check == "cables")
+    assert (error.level, error.seen) == ("error", "no Mac is at the cable of en4, which has 192.168.0.2")
+
+
+def test_a_link_that_works_outweighs_what_its_cable_looks_like():
+    """Macs may see each other through something that does not tell of them, or through a bridge."""
+    hidden = two({"cables": {}}, {"cables": {}})
+    assert troubles(hidden) == [("cables", "mac2", "warning"), ("cables", "mac1", "warning")]
+    assert {level for _, _, level in troubles(**ring_of_four(1, 2, 3, 4))} == {"warning"}
 
 
 def test_a_cable_that_is_not_used():
