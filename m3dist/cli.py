@@ -30,6 +30,7 @@ from m3dist.cluster.hostfile import (
     local_hostfile,
     read_hostfile,
 )
+from m3dist.cluster.ssh import python_module
 from m3dist.errors import CommunicationError, M3Error
 from m3dist.machines import LINKS, MACS
 from m3dist.options import (
@@ -46,7 +47,10 @@ from m3dist.options import (
     GenerateOptions,
     LinksOptions,
 )
-from m3dist.watchdog import EXIT_PEER_LOST, seconds
+from m3dist.watchdog import EXIT_PEER_LOST, LONGEST, seconds
+
+SECRETS = ("HF_TOKEN",)
+LEAST_SILENCE = 5.0  # seconds: hosts are asked for a word every two
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -168,11 +172,13 @@ def start_ranks(parser: argparse.ArgumentParser, args: argparse.Namespace, argv:
     return run_job(
         Job(
             hostfile,
-            (None, "-m", "m3dist", *argv),
+            (None, *python_module("m3dist"), *argv),
             env=forwarded(),
+            secret=SECRETS,
             ours=("stdin", "stdout", "stderr") if sys.stderr.isatty() else ("stdin", "stdout"),
             start_limit=seconds("M3DIST_START_LIMIT", 60.0),
-            silence_limit=seconds("M3DIST_SILENCE_LIMIT", 10.0),
+            silence_limit=seconds("M3DIST_SILENCE_LIMIT", 10.0, LEAST_SILENCE),
+            end_limit=seconds("M3DIST_END_LIMIT", 60.0),
         )
     )
 
@@ -192,11 +198,13 @@ def launch(parser: argparse.ArgumentParser, args: argparse.Namespace, argv: list
         hostfile,
         tuple(command),
         env=forwarded() | dict(args.env),
+        secret=set(SECRETS) - dict(args.env).keys(),
         marked=True,
         ours=("stdin",),
         reports=False,
         start_limit=args.start_limit or seconds("M3DIST_START_LIMIT", 60.0),
-        silence_limit=args.silence_limit or seconds("M3DIST_SILENCE_LIMIT", 10.0),
+        silence_limit=args.silence_limit or seconds("M3DIST_SILENCE_LIMIT", 10.0, LEAST_SILENCE),
+        end_limit=args.end_limit or seconds("M3DIST_END_LIMIT", 60.0),
     )
     return run_again(job, args.restart)
 
@@ -218,7 +226,7 @@ def hosts_of(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Hostf
 
 def forwarded() -> dict[str, str]:
     """Variables of ours that every rank shall have: m3dist's settings, and what reaches the hub."""
-    names = (*USER_VARIABLES, "HF_TOKEN", "HF_ENDPOINT", "HF_HUB_OFFLINE")
+    names = (*USER_VARIABLES, *SECRETS, "HF_ENDPOINT", "HF_HUB_OFFLINE")
     return {name: os.environ[name] for name in names if name in os.environ}
 
 
@@ -479,7 +487,7 @@ def add_launch(parser: argparse.ArgumentParser) -> None:
         parser,
         "--start-limit",
         metavar="SECONDS",
-        type=real("more than 0", lambda x: x > 0),
+        type=real(f"more than 0, at most {LONGEST:.0f}", lambda x: 0 < x <= LONGEST),
         help="until every host must have answered and every rank that reports must have come up; default: "
         "M3DIST_START_LIMIT, or 60",
     )
@@ -487,8 +495,15 @@ def add_launch(parser: argparse.ArgumentParser) -> None:
         parser,
         "--silence-limit",
         metavar="SECONDS",
-        type=real("5 or more", lambda x: x >= 5),
+        type=real(f"{LEAST_SILENCE:g} or more, at most {LONGEST:.0f}", lambda x: LEAST_SILENCE <= x <= LONGEST),
         help="without a word from a host, until it counts as lost; default: M3DIST_SILENCE_LIMIT, or 10",
+    )
+    add(
+        parser,
+        "--end-limit",
+        metavar="SECONDS",
+        type=real(f"more than 0, at most {LONGEST:.0f}", lambda x: 0 < x <= LONGEST),
+        help="that ranks may go on after another has ended with status 0; default: M3DIST_END_LIMIT, or 60",
     )
     parser.add_argument(
         "--env",

@@ -34,7 +34,7 @@ def _run(options: GenerateOptions, launch: Launch, watchdog: Watchdog) -> int:
     comm = join(launch, options.model, watchdog)
     directory = find(options.model, comm, watchdog)
     watchdog.progress("reading the prompt", math.inf if options.prompt == "-" else STEP_LIMIT)  # someone may type it
-    answer, request = _ask(options, directory, comm)
+    answer, request = _ask(options, directory, comm, watchdog)
     began = time.perf_counter()
     cut = {"weights": options.weights, "experts": options.experts, "attention": options.attention}
     context = len(request.prompt) + request.max_tokens
@@ -61,7 +61,7 @@ def _run(options: GenerateOptions, launch: Launch, watchdog: Watchdog) -> int:
     return 0
 
 
-def _ask(options: GenerateOptions, directory: Path, comm: Comm) -> tuple["Answer | None", Request]:
+def _ask(options: GenerateOptions, directory: Path, comm: Comm, watchdog: Watchdog) -> tuple["Answer | None", Request]:
     """What rank 0 wants computed, on every rank; and on rank 0 the answer to be. Loads nothing yet: a prompt that
     cannot be answered is known at once."""
     answer = request = None
@@ -69,6 +69,7 @@ def _ask(options: GenerateOptions, directory: Path, comm: Comm) -> tuple["Answer
         if comm.rank == 0:
             answer = Answer(options, Text.load(directory))
             request = asdict(answer.request(ModelConfig.from_dict(read_config(directory))))
+            watchdog.progress("sending the prompt", STEP_LIMIT)
     return answer, Request.from_json(comm.object_from_rank_0(request))
 
 

@@ -104,7 +104,8 @@ def join(launch: Launch, model: str, watchdog: Watchdog) -> Comm:
 
 def find(model: str, comm: Comm, watchdog: Watchdog) -> Path:
     """The directory of a checkpoint, downloaded where --model names one of the hub."""
-    watchdog.progress("download", math.inf)  # a first one takes hours
+    # A first download takes hours.
+    watchdog.progress("download", STEP_LIMIT if os.path.isdir(model) or model == "tiny" else math.inf)
     with all_ranks(comm):
         return resolve(model)
 

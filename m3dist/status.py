@@ -14,6 +14,7 @@ from functools import cache
 
 DESCRIPTOR = "M3DIST_STATUS"  # names the page's descriptor to the rank
 SIZE = mmap.PAGESIZE
+WORDS = SIZE // 2  # where the last words begin
 HEADER = struct.Struct("<QQddH")  # writes begun, writes ended, since, limit, bytes of the phase, which follow
 
 
@@ -39,7 +40,7 @@ class Page:
 
     def write(self, phase: str, limit: float) -> None:
         """One writer only."""
-        text = phase.encode()[: SIZE - HEADER.size]
+        text = phase.encode()[: WORDS - HEADER.size]
         self._writes += 1
         since = time.monotonic()
         HEADER.pack_into(self._memory, 0, self._writes, self._writes - 1, since, limit, len(text))
@@ -55,6 +56,14 @@ class Page:
                 break
         return Status(phase.decode(errors="replace"), since, limit) if begun else None
 
+    def leave_words(self, text: str) -> None:
+        """Why the rank ends: the launcher does not see what a rank writes to a terminal."""
+        data = text.encode(errors="replace")[: SIZE - WORDS]
+        self._memory[WORDS : WORDS + len(data)] = data
+
+    def last_words(self) -> str:
+        return bytes(self._memory[WORDS:]).rstrip(b"\0").decode(errors="replace")
+
 
 def new_page() -> Page:
     """An empty page, its descriptor inheritable."""
@@ -66,8 +75,26 @@ def new_page() -> Page:
 @cache
 def own_page() -> Page | None:
     """The page that this rank's agent reads; None where no agent started this process."""
-    if DESCRIPTOR not in os.environ:
+    descriptor = inherited(DESCRIPTOR)
+    return None if descriptor is None else Page(descriptor)
+
+
+def handed(descriptor: int) -> str:
+    """A descriptor as a variable names it to a process that inherits it."""
+    return f"{descriptor}:{os.fstat(descriptor).st_ino}"
+
+
+def inherited(variable: str) -> int | None:
+    """The descriptor that `variable` names, which is not passed on; None where there is none.
+
+    A program between the agent and us may have closed it, and its number may be another file's by now.
+    """
+    number, _, inode = os.environ.get(variable, "").partition(":")
+    try:
+        descriptor = int(number)
+        if str(os.fstat(descriptor).st_ino) != inode:
+            return None
+    except (ValueError, OSError):
         return None
-    descriptor = int(os.environ[DESCRIPTOR])
     os.set_inheritable(descriptor, False)
-    return Page(descriptor)
+    return descriptor

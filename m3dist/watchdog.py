@@ -18,6 +18,7 @@ EXIT_PEER_LOST = 75  # another rank is gone: that rank's own message says why
 EXIT_STALLED = 76  # nothing finished within the limit
 EXIT_UNREACHABLE = 77  # a host cannot be reached, or was lost
 EXIT_NOT_STARTED = 78  # a rank or a host did not start in time, or is not as it must be
+LONGEST = 1e7  # seconds that a limit may be: four months
 
 
 def end_process(code: int, message: str, abort: Callable[[int], None] | None = None) -> None:
@@ -25,6 +26,8 @@ def end_process(code: int, message: str, abort: Callable[[int], None] | None = N
 
     `abort` ends a whole MPI job: an early exit alone leaves the other ranks of one waiting in finalize.
     """
+    if page := own_page():
+        page.leave_words(message)
     with suppress(OSError):  # nobody reads it, or the disk is full: that must not keep us here
         sys.stderr.write(f"m3dist: {message}\n")  # at once, so that no other rank's line gets in between
         sys.stderr.flush()
@@ -35,15 +38,16 @@ def end_process(code: int, message: str, abort: Callable[[int], None] | None = N
     os._exit(code)
 
 
-def seconds(name: str, default: float) -> float:
+def seconds(name: str, default: float, least: float = 0.0) -> float:
     """The limit that environment variable `name` sets. Raises M3Error, naming it, where it is no time to wait."""
     text = os.environ.get(name, str(default))
     try:
         value = float(text)
     except ValueError:
         value = 0.0
-    if not 0 < value <= threading.TIMEOUT_MAX:
-        raise M3Error(f"{name} must be a number of seconds, more than 0, not {text!r}")
+    if not 0 < value <= LONGEST or value < least:
+        bound = f"{least:g} or more" if least else "more than 0"
+        raise M3Error(f"{name} must be a number of seconds, {bound}, at most {LONGEST:.0f}, not {text!r}")
     return value
 
 

@@ -9,7 +9,7 @@ the launcher is gone or silent, it ends its ranks. What it is told and what it t
             shown (bytes of output), perhaps unread rank           up rank, phase (of a kind that is new for the rank)
             ping                                                   pong
             end "gently" or "now"                                  stalled rank, phase, seconds, state
-                                                                   exit rank, code, phase, peak, ordered
+                                                                   exit rank, code, phase, peak, ordered, words
                                                                    failed why, rank;  alone seconds;  ended
 """
 
@@ -39,11 +39,13 @@ from m3dist.cluster.build import build_digest
 from m3dist.cluster.channel import Channel, ChannelClosed, Message, as_bytes, as_text
 from m3dist.cluster.claim import claim
 from m3dist.cluster.environment import MLX_BACKENDS, LaunchError
+from m3dist.cluster.lifeline import LIFELINE
 from m3dist.cluster.ssh import channel_to_launcher
 from m3dist.status import DESCRIPTOR as STATUS
-from m3dist.status import Page, Status, new_page
+from m3dist.status import Page, Status, handed, new_page
 
 LOOK = 0.25  # seconds between looks at the ranks' status pages
+STATE_LOOK = 5.0  # seconds between looks at the processes of ranks that have no limit: two that find it stopped end it
 SLACK = 1.0  # seconds over its limit that a rank has for ending itself
 END_GRACE = 3.0  # seconds from SIGTERM to SIGKILL
 DRAIN = 1.0  # seconds to wait for the rest of a dead rank's output: a grandchild may hold it open
@@ -61,6 +63,7 @@ class Rank:
     process: "subprocess.Popen[bytes]"
     page: Page
     doing: str | None = None  # the first word of its phase
+    stopped: float | None = None  # when its process was first found stopped
     stalled: Status | None = None
     pumps: list[threading.Thread] = field(default_factory=list)
 
@@ -103,6 +106,8 @@ class Agent:
         self.scratch: Path | None = None
         self.kill_at: float | None = None  # set while ending
         self.abandoned = False  # the launcher has gone silent
+        self.outbox: SimpleQueue[Message | None] = SimpleQueue()
+        self.next_state_look = 0.0
         self.lifeline, self._held = os.pipe()  # never written to: the ranks see it close when we die
 
     def run(self) -> None:
@@ -110,6 +115,7 @@ class Agent:
         for number in ENDINGS:
             signal.signal(number, self._interrupted)
         self._thread(self._receive)
+        sender = self._thread(self._send)
         heard = time.monotonic()
         try:
             while self.kill_at is None or self.running:
@@ -119,13 +125,15 @@ class Agent:
                     self._handle(event)
                 self._look()
                 if self.kill_at is None and time.monotonic() - heard > self.silence:
-                    self._tell({"alone": self.silence})  # it may only be stopped, or asleep
+                    self._tell({"alone": self.silence})  # it may only be stopped, or asleep, and hear it later
                     self.abandoned = True
                     self.end(END_GRACE)
                 if self.kill_at is not None and time.monotonic() > self.kill_at:
                     self._signal(signal.SIGKILL)
                     self.kill_at = float("inf")
             self._tell({"ended": True})
+            self.outbox.put(None)
+            sender.join(END_GRACE)  # a launcher that takes nothing is gone
         finally:
             self._signal(signal.SIGKILL)
             if self.abandoned and mpi.started_here(os.environ):
@@ -173,8 +181,8 @@ class Agent:
             self._tell({"failed": str(error), "rank": rank})
 
     def _tell(self, message: Message) -> None:
-        with suppress(ChannelClosed):  # _receive sees it too
-            self.channel.send(message)
+        """Without waiting: a launcher that is stopped, or cut off, takes nothing."""
+        self.outbox.put(message)
 
     # -----------------------------------------------------------------------------------------------------------------
     # Ranks
@@ -213,7 +221,7 @@ class Agent:
         env |= {"PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
         if mpi.started_here(env):  # MLX's default name exists only where Open MPI's development files are installed
             env.setdefault("MLX_MPI_LIBNAME", find_library("mpi") or "libmpi.so")
-        env |= {"M3DIST_LIFELINE": str(self.lifeline), STATUS: str(page.descriptor)} | order["env"]
+        env |= {LIFELINE: handed(self.lifeline), STATUS: handed(page.descriptor)} | order["env"]
         for name, content in order["files"].items():
             self.scratch = self.scratch or Path(tempfile.mkdtemp(prefix="m3dist-"))
             env |= {name: str(self.scratch / f"{name}.{order['rank']}"), "M3DIST_SCRATCH": str(self.scratch)}
@@ -232,6 +240,21 @@ class Agent:
                 rank.stalled = status
                 seen = {"phase": status.phase, "seconds": now - status.since, "state": state_of(rank.process.pid)}
                 self._tell({"stalled": rank.number} | seen)
+        if now >= self.next_state_look:
+            self.next_state_look = now + STATE_LOOK
+            self._look_at_processes(now)
+
+    def _look_at_processes(self, now: float) -> None:
+        """Tell of those that are stopped though they have no limit, as in a program that reports nothing."""
+        for rank in (self.ranks[number] for number in self.running):
+            status = rank.page.read()
+            if (status and status.limit < float("inf")) or state_of(rank.process.pid) != "T":
+                rank.stopped = None
+            elif rank.stopped is None:
+                rank.stopped = now
+            else:
+                seen = {"phase": status and status.phase, "seconds": now - rank.stopped, "state": "T"}
+                self._tell({"stalled": rank.number} | seen)
 
     def _signal(self, number: int) -> None:
         for rank in self.running:
@@ -248,6 +271,11 @@ class Agent:
 
     def _interrupted(self, number: int, frame: FrameType | None) -> None:
         self.events.put({"end": "gently"})
+
+    def _send(self) -> None:
+        with suppress(ChannelClosed):  # _receive sees it too
+            while (message := self.outbox.get()) is not None:
+                self.channel.send(message)
 
     def _receive(self) -> None:
         with suppress(ChannelClosed):
@@ -267,6 +295,7 @@ class Agent:
         status = rank.page.read()
         peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         seen = {"code": code, "phase": status and status.phase, "peak": peak, "ordered": ordered}
+        seen["words"] = rank.page.last_words()
         self.events.put({"exit": rank.number} | seen)
 
     def _pump(self, number: int, stream: int, pipe: IO[bytes]) -> None:

@@ -26,12 +26,14 @@ class Channel:
     def __init__(self, reading: int, writing: int, longest: int = LONGEST):
         self.reading, self.writing, self.longest = reading, writing, longest
         self._received = bytearray()
-        self._sending = threading.Lock()
+        self._sending, self._closed = threading.Lock(), False
 
     def send(self, message: Mapping[str, Any]) -> None:
         """Returns when the system has taken it. Raises ChannelClosed."""
         data = memoryview(json.dumps(message).encode() + b"\n")
         with self._sending:
+            if self._closed:  # the descriptors may be others' by now
+                raise ChannelClosed("closed here")
             try:
                 while data:
                     data = data[os.write(self.writing, data) :]
@@ -65,6 +67,7 @@ class Channel:
         return line
 
     def close(self) -> None:
+        self._closed = True
         for descriptor in {self.reading, self.writing}:
             os.close(descriptor)
 

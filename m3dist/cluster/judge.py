@@ -14,7 +14,6 @@ from m3dist.watchdog import EXIT_NOT_STARTED, EXIT_PEER_LOST, EXIT_STALLED, EXIT
 # Statuses of ranks that ended because of another one. 195: Open MPI's, where mpirun is gone (PMIX_ERR_LOST_CONNECTION).
 VICTIMS = (EXIT_PEER_LOST, EXIT_STALLED, 195)
 CAUSE_GRACE = 2.0  # seconds to wait for the rank that made the victims
-STRAGGLE = 10.0  # seconds that ranks may go on after another ended with status 0
 STATES = {"T": "is stopped (SIGSTOP)", "t": "is stopped by a debugger", "Z": "is dead", "D": "waits in the kernel"}
 
 
@@ -73,6 +72,7 @@ class Verdict:
     reason: str = ""
     rank: int | None = None
     host: int | None = None
+    ordered: bool = False  # a signal to the launcher
 
 
 @dataclass
@@ -86,6 +86,8 @@ class Evidence:
     losses: list[Loss] = field(default_factory=list)
     heard: Mapping[int, float] = field(default_factory=dict)  # host -> when it last said something
     phases: Mapping[int, str] = field(default_factory=dict)  # rank that reports -> the first phase of its latest kind
+    end_limit: float = 60.0  # seconds that ranks may go on after another ended with status 0
+    unread: float = -math.inf  # when a rank last had to wait because nobody read what it printed
 
     @property
     def running(self) -> set[int]:
@@ -121,9 +123,10 @@ def judge(seen: Evidence, now: float) -> Verdict | float:
     if not seen.running:
         return Verdict(0)
     if ended:
-        if now < ended[0].at + STRAGGLE:
-            return ended[0].at + STRAGGLE
-        late = f"after {STRAGGLE:.0f} s {seen.who(*seen.running)} had not"
+        limit = max(ended[0].at, seen.unread) + seen.end_limit
+        if now < limit:
+            return limit
+        late = f"after {seen.end_limit:g} s {seen.who(*seen.running)} had not"
         reason = f"{seen.who(ended[0].rank)} ended (exit code 0) but {late}"
         return Verdict(1, reason, ended[0].rank)
     return math.inf
@@ -154,7 +157,7 @@ def _blame(seen: Evidence, victims: Sequence[Exit]) -> Verdict:
         stall = (stopped or sorted(seen.stalls, key=lambda stall: -stall.seconds))[0]
         state = f"; its process {STATES[stall.state]}" if stall.state in STATES else ""
         reason = f"{seen.who(stall.rank)} finished nothing for {stall.seconds:.0f} s in {stall.phase}{state}"
-        return Verdict(EXIT_STALLED, reason, stall.rank)
+        return Verdict(EXIT_NOT_STARTED if stall.phase == "start" else EXIT_STALLED, reason, stall.rank)
     victim = victims[0]
     if ended:  # perhaps noticed later than the victim's end, which takes less time
         reason = f"{seen.who(ended[0].rank)} ended early (exit code 0) and {seen.who(victim.rank)} still needed it"

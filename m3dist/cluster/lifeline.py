@@ -1,26 +1,27 @@
 """A rank's tie to its agent: when the agent dies, even by SIGKILL, the rank ends. No MLX.
 
-The agent holds the write end of a pipe and never writes; each rank inherits the read end, as M3DIST_LIFELINE=fd. End of
-file means that the agent is gone.
+The agent holds the write end of a pipe and never writes; each rank inherits the read end, which M3DIST_LIFELINE names.
+End of file means that the agent is gone.
 """
 
 import os
 import shutil
 import threading
 
-from m3dist.status import own_page
-from m3dist.watchdog import EXIT_PEER_LOST
+from m3dist.status import inherited, own_page
+from m3dist.watchdog import EXIT_PEER_LOST, seconds
+
+LIFELINE = "M3DIST_LIFELINE"
 
 
 def watch() -> None:
     """Call once when a rank starts. Does nothing in a process that no agent of m3dist started."""
-    if "M3DIST_LIFELINE" not in os.environ:
+    lifeline = inherited(LIFELINE)
+    if lifeline is None:
         return
-    lifeline = int(os.environ["M3DIST_LIFELINE"])
-    os.set_inheritable(lifeline, False)
     threading.Thread(target=_end_with_agent, args=(lifeline,), name="lifeline", daemon=True).start()
     if page := own_page():
-        page.write("start", float("inf"))
+        page.write("start", seconds("M3DIST_START_LIMIT", 60.0))
 
 
 def _end_with_agent(lifeline: int) -> None:

@@ -26,7 +26,7 @@ from m3dist.cluster.channel import Channel, ChannelClosed, Message
 from m3dist.cluster.environment import MPI_RANKS, LaunchError
 from m3dist.cluster.handshake import admits, is_admitted
 from m3dist.cluster.hostfile import Host
-from m3dist.cluster.ssh import HOSTS, TAIL, Unreachable
+from m3dist.cluster.ssh import HOSTS, TAIL, Unreachable, python_module
 
 CONTROL, SECRET = "M3DIST_CONTROL", "M3DIST_SECRET"  # where the launcher listens, and what both know
 HANDSHAKE = 10.0  # seconds
@@ -101,6 +101,7 @@ class Mpirun:
             raise LaunchError(f"mpirun: {error}") from None
 
     def _listen(self, hosts: Sequence[Host]) -> None:
+        check_names(hosts)
         self.addresses = []
         for address in own_addresses(hosts):
             listener = self._stack.enter_context(socket.create_server((address, 0)))
@@ -111,9 +112,8 @@ class Mpirun:
         self._scratch = tempfile.TemporaryDirectory(prefix="m3dist-")
         script = Path(self._stack.enter_context(self._scratch)) / "ssh"
         path = os.environ.get("PATH", os.defpath)
-        script.write_text(
-            f'#!/bin/sh\nPATH={shlex.quote(path)} exec {shlex.quote(sys.executable)} -m m3dist.cluster.ssh "$@"\n'
-        )
+        replacement = shlex.join([sys.executable, *python_module("m3dist.cluster.ssh")])
+        script.write_text(f'#!/bin/sh\nPATH={shlex.quote(path)} exec {replacement} "$@"\n')
         script.chmod(0o700)
         self._guard = subprocess.Popen(
             ["sh", "-c", GUARD, "sh", self._scratch.name],
@@ -186,11 +186,14 @@ class Mpirun:
             self._killed(signal.Signals(-code))
 
     def _accept(self, listener: socket.socket) -> None:
-        with suppress(OSError):  # closed
-            while True:
+        while listener.fileno() >= 0:
+            try:
                 connection, _ = listener.accept()
-                self._admit(connection)
-                threading.Thread(target=self._meet, args=(connection,), daemon=True).start()
+            except OSError:  # closed; or a stranger left at once; or too many files are open
+                time.sleep(0.01)
+                continue
+            self._admit(connection)
+            threading.Thread(target=self._meet, args=(connection,), daemon=True).start()
 
     def _admit(self, connection: socket.socket) -> None:
         """Where there are too many, the one that has said nothing for longest must go: it keeps ours out."""
@@ -267,8 +270,19 @@ def command(hosts: Sequence[Host], module: str) -> list[str]:
         python = os.path.expanduser(host.python or sys.executable) if host.local else host.python or sys.executable
         words += [":"] if rank else []
         words += ["-n", "1", "--host", "localhost" if host.local else host.ssh]
-        words += ["-x", SECRET, "-x", CONTROL, python, "-m", module]
+        words += ["-x", SECRET, "-x", CONTROL, python, *python_module(module)]
     return words
+
+
+def check_names(hosts: Sequence[Host]) -> None:
+    """Raises LaunchError for hosts that mpirun cannot tell apart: it knows a host by its name alone, once."""
+    known: dict[str, Host] = {}
+    for host in hosts:
+        other = known.setdefault(host.ssh, host)
+        if (other.user, other.port) != (host.user, host.port):
+            raise LaunchError(f"host {host.ssh}: mpirun can start ranks there as one user, on one port of ssh's, only")
+        if set(host.ssh) & set(",:"):
+            raise LaunchError(f"host {host.ssh}: a name with , or : means something else to mpirun; use another name")
 
 
 def started_here(environ: Mapping[str, str]) -> bool:
@@ -293,15 +307,19 @@ def described(hosts: Sequence[Host]) -> str:
 
 
 def own_addresses(hosts: Sequence[Host]) -> list[str]:
-    """Ours that the hosts can reach: on which we reach them. Nothing is sent for that."""
+    """Ours that the hosts can reach: on which we reach them. Nothing is sent for that.
+
+    On another host 127.0.0.1 would be whoever listens there.
+    """
     found = []
-    for host in hosts:
+    for host in [host for host in hosts if not host.local] or hosts[:1]:
         there = "127.0.0.1" if host.local else (*host.ips, host.ssh)[0]
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             try:
                 probe.connect((there, 9))
             except OSError as error:
-                raise LaunchError(f"host {host.ssh}: no way to {there}: {error.strerror}") from None
+                advice = "" if host.ips else "; give its address in the hostfile, as `ips`"
+                raise LaunchError(f"host {host.ssh}: no way to {there}: {error.strerror}{advice}") from None
             found.append(probe.getsockname()[0])
     return list(dict.fromkeys(found))
 

@@ -10,7 +10,7 @@ from typing import IO
 
 from m3dist.cluster.channel import Message, as_bytes
 
-TAIL = 20  # lines of each rank's standard error that are kept
+TAIL = 20  # lines of each rank that are kept
 LONGEST = 2**16  # bytes of a line; of a longer one, such as a progress bar's, no end is in sight
 STDOUT, STDERR = 1, 2
 
@@ -29,6 +29,7 @@ class Output:
         self._unfinished: dict[tuple[int, int], bytes] = defaultdict(bytes)
         self._tails: dict[int, deque[bytes]] = defaultdict(lambda: deque(maxlen=TAIL))
         self._queue: SimpleQueue[tuple[int, bytes, Callable[[bool], None]]] = SimpleQueue()
+        self._given = self._written = 0
         threading.Thread(target=self._write, daemon=True).start()
 
     def add(self, message: Message, tell: Callable[[Message], None]) -> None:
@@ -39,9 +40,16 @@ class Output:
         text = data if raw else self._lines(rank, stream, data)
 
         def shown(read: bool) -> None:
+            self._written += 1
             tell({"shown": len(data)} | ({"unread": rank} if raw and not read else {}))
 
+        self._given += 1
         self._queue.put((self._target(rank, stream), text, shown))
+
+    @property
+    def unread(self) -> bool:
+        """Whether something that ranks printed still waits to be read."""
+        return self._given > self._written
 
     def finish(self, shown: Callable[[bool], None]) -> None:
         """Show what is left, lines without an end too; `shown` is called once that is done."""
@@ -63,7 +71,7 @@ class Output:
             self.streams[STDERR].flush()
 
     def tail(self, rank: int) -> bytes:
-        """The last lines of a rank's standard error."""
+        """The last lines that a rank printed; of what goes out as it comes, its standard output, none."""
         return b"".join(self._tails[rank]) + self._unfinished[rank, STDERR]
 
     def _target(self, rank: int, stream: int) -> int:
@@ -78,8 +86,7 @@ class Output:
         return b"".join(self._line(rank, stream, line + b"\n") for line in whole)
 
     def _line(self, rank: int, stream: int, line: bytes) -> bytes:
-        if stream == STDERR:
-            self._tails[rank].append(line)
+        self._tails[rank].append(line)
         return b"[rank %d] %s" % (rank, line) if self.marked or rank else line
 
     def _write(self) -> None:

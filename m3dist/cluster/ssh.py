@@ -35,16 +35,27 @@ OPTIONS = {
     "PermitLocalCommand": "no",
     "LogLevel": "ERROR",
 }
+# Runs the module that is its first argument, as `python -m` would, but not out of the folder where it happens to be: a
+# checkout lies in somebody's home, where ssh starts us, and its folder m3dist is not the package. No quotes: see START.
+RUN_MODULE = (
+    "import sys; sys.path = [path for path in sys.path if path]; "
+    "import runpy; runpy.run_module(sys.argv.pop(1), None, __name__, True)"
+)
 # sh reads its line byte by byte and leaves the rest of standard input to Python. No ', ! or \, which shells differ on.
 START = (
     "/bin/sh -c 'IFS= read -r python; "
     'case $python in "~/"*) python="$HOME/${python#"~/"}";; esac; '
-    'exec "$python" -m %s\''
+    f'exec "$python" -c "{RUN_MODULE}" %s\''
 )
 HOSTS = "M3DIST_SSH_HOSTS"  # JSON for `main`: name -> user and port
 SSH_FAILED = 255  # ssh's status where it, not the command, failed
 TAIL = 20  # lines of what a host says on standard error that are kept
 DESCRIPTOR = "M3DIST_CHANNEL"  # names the channel's descriptor to a module started on this machine
+
+
+def python_module(module: str) -> list[str]:
+    """What follows `python` to run a module of ours, whatever the working directory."""
+    return ["-c", RUN_MODULE, module]
 
 
 def ssh_command(host: Host, command: str) -> list[str]:
@@ -73,7 +84,7 @@ class Remote:
         self._reading: threading.Thread | None = None
         try:
             if host.local:
-                self._start_here([os.path.expanduser(python), "-m", module])
+                self._start_here([os.path.expanduser(python), *python_module(module)])
             else:
                 self._start_there(ssh_command(host, START % module), python)
         except OSError as error:

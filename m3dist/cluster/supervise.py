@@ -50,11 +50,13 @@ class Job:
     hostfile: Hostfile
     command: Sequence[str | None]
     env: Mapping[str, str] = field(default_factory=dict)
+    secret: Collection[str] = ()  # names of those in `env` that must not go over a network in clear
     marked: bool = False
     ours: Collection[str] = ()
     reports: bool = True
     start_limit: float = 60.0  # seconds
     silence_limit: float = 10.0  # seconds without a word from a host after which it counts as lost
+    end_limit: float = 60.0  # seconds that ranks may go on after another has ended well
 
     @property
     def backend(self) -> str:
@@ -92,6 +94,11 @@ def run_job(job: Job, output: Output | None = None) -> int:
     A rank killed by signal S counts as 128 + S; so does a signal to this process. Whatever happens, no process of the
     job is left on any host that can be reached, and those that cannot be end themselves.
     """
+    return judged(job, output).status
+
+
+def judged(job: Job, output: Output | None = None) -> Verdict:
+    """As run_job: what became of it."""
     with ExitStack() as stack:
         output = output or Output(job.marked)
         supervisor = _Supervisor(job, output)
@@ -101,16 +108,16 @@ def run_job(job: Job, output: Output | None = None) -> int:
         supervisor.end()
         verdict = supervisor.show_the_rest(verdict)
         supervisor.say(verdict)
-    return verdict.status
+    return verdict
 
 
 def run_again(job: Job, restarts: int) -> int:
     """As run_job, and again after a failure, `restarts` times at most, each time after a longer pause."""
     for attempt in range(restarts + 1):
-        status = run_job(job)
-        final = status in (0, 2) or status - 128 in SIGNALS
+        verdict = judged(job)
+        final = verdict.status in (0, 2) or verdict.ordered
         if final or attempt == restarts:
-            return status
+            return verdict.status
         pause = min(60.0, 2.0**attempt)
         print(f"m3dist: starting again in {pause:g} s ({attempt + 1} of {restarts})", file=sys.stderr, flush=True)
         try:
@@ -167,8 +174,10 @@ class _Supervisor:
         self.ended: set[int | None] = set()
         self.phases: dict[int, str] = {}
         self.seen.phases = self.phases
+        self.seen.end_limit = job.end_limit
         self.begun = False  # ranks have been asked for
         self.memory: dict[int, int] = {}
+        self.last_words: dict[int, str] = {}  # of each rank that has ended
         self._next_ping = time.monotonic()
         self._input: SimpleQueue[None] = SimpleQueue()
 
@@ -218,7 +227,7 @@ class _Supervisor:
             order = {
                 "rank": rank,
                 "command": list(self.job.command),
-                "env": {**shared, **self.job.env, **self.job.hostfile.env, **host.env, **env},
+                "env": {**shared, **self._forwarded(), **self.job.hostfile.env, **host.env, **env},
                 "files": files,
                 "cwd": host.cwd,
                 "launched_in": os.getcwd(),
@@ -227,6 +236,11 @@ class _Supervisor:
             }
             orders[number].append(order)
         return orders
+
+    def _forwarded(self) -> dict[str, str]:
+        """The job's own variables; but over MPI between hosts an agent's channel is not encrypted."""
+        open_channel = self.mpirun and not all(host.local for host in self.hosts)
+        return {name: value for name, value in self.job.env.items() if not (open_channel and name in self.job.secret)}
 
     def _start(self, orders: Mapping[int, list[Message]]) -> None:
         self.begun = True
@@ -258,6 +272,7 @@ class _Supervisor:
         start_limit = time.monotonic() + self.job.start_limit
         while True:
             now = time.monotonic()
+            self.seen.unread = now if self.output.unread else self.seen.unread
             found = judge(self.seen, now)
             if isinstance(found, Verdict):
                 return found
@@ -305,11 +320,12 @@ class _Supervisor:
         elif "up" in message:
             self.phases[message["up"]] = message["phase"]
         elif "stalled" in message:
-            words = (message["phase"], message["seconds"], message["state"])
+            words = (message["phase"] or "a program that reports no steps", message["seconds"], message["state"])
             self.seen.stalls.append(Stall(message["stalled"], *words, at=now))
         elif "exit" in message:
             rank, code = message["exit"], message["code"]
             lost_peer = b"connection to a peer was lost" in self.output.tail(rank)
+            self.last_words[rank] = message["words"]
             seen = (message["phase"], message["peak"], lost_peer, message["ordered"])
             self.seen.exits.append(Exit(rank, code, now, *seen))
         elif "failed" in message:
@@ -375,7 +391,8 @@ class _Supervisor:
             tail = "".join(f"{line}\n" for line in errors).encode()
         self.output.say("".join(f"m3dist: {line}\n" for line in lines))
         self.output.show_again(tail)
-        text = "\n".join([verdict.reason, *errors, tail.decode(errors="replace")])
+        words = "" if verdict.rank is None else self.last_words.get(verdict.rank, "")
+        text = "\n".join([verdict.reason, words, *errors, tail.decode(errors="replace")])
         cause = recognise(text, verdict.status, peak_bytes=peak, memory_bytes=memory)
         if cause:
             self.output.say(f"m3dist: {cause.what}\nm3dist: what to do: {cause.remedy}\n")
@@ -427,7 +444,7 @@ class _Supervisor:
 
 
 def _interrupted(event: Interrupted) -> Verdict:
-    return Verdict(128 + event.signal, f"{signal_name(event.signal)} received")
+    return Verdict(128 + event.signal, f"{signal_name(event.signal)} received", ordered=True)
 
 
 @contextmanager

@@ -89,7 +89,7 @@ def disk(seen: Examination, number: int, report: HostReport) -> Iterator[Look]:
     """Whether the host has the checkpoint, or room for it."""
     directory, model = report.raw["directory"], report.raw["model"]
     if directory["problem"]:
-        yield Look("error", directory["problem"])
+        yield Look("error", directory["problem"], "or create that directory there")
     if model is None or model["path"] is None:
         return
     if model["problem"]:

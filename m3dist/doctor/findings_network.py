@@ -11,7 +11,7 @@ from m3dist.doctor.topology import Link, cables, needed_links
 SLOW_TRIP = 1e-3  # seconds; 0.3 ms is usual over Thunderbolt (jeffgeerling.com 2025-12), Wi-Fi needs 5 and more
 SLOW_CABLE = 1e9  # bytes/s over Thunderbolt; 26 Gbit/s are reported of Thunderbolt 5 (exo #2117)
 SLOW = 100e6  # bytes/s; a little less than Gigabit Ethernet
-SUMS = 120  # in a token of MiniMax-M3, two in each of 60 layers
+SUMS = 120  # in a token of MiniMax-M3, two in each of 60 layers; half where each rank has the whole attention
 NEW_HOSTFILE = "`m3dist hostfile --hosts ...` writes a hostfile from what the hosts have now"
 
 
@@ -113,13 +113,23 @@ def link_findings(seen: Examination) -> Iterator[Finding]:
     for measured in seen.measured:
         where = f"{seen.names[measured.link.source]} -> {seen.names[measured.link.target]}"
         yield Finding("links", where, *(_speed(seen, measured) if measured.works else _failure(seen, measured)))
-    around = [m.round_trip for m in seen.measured if m.round_trip and seen.apart(m.link.source, m.link.target)]
-    if seen.backend == "ring" and around:
+    if seen.backend == "ring":
+        yield from (Finding("links", "all", *look) for look in _cost(seen))
+
+
+def _cost(seen: Examination) -> Iterator[Look]:
+    """What the ring's sums take. Several addresses of a host are used at once: the slowest counts."""
+    around: dict[tuple[int, int], float] = {}
+    for measured in seen.measured:
+        ends = (measured.link.source, measured.link.target)
+        if measured.round_trip and seen.apart(*ends):
+            around[ends] = max(around.get(ends, 0.0), measured.round_trip)
+    if around:
         # A sum passes 2 (world - 1) hops of half a round trip, one after the other, around the ring.
-        world = seen.hostfile.world
-        cost = SUMS * sum(around) * (world - 1) / world
-        what = f"the {SUMS} sums of a token of MiniMax-M3 take {cost * 1e3:.1f} ms at least over these links"
-        yield Finding("links", "all", "note", what, "m3dist bench links measures the sums themselves")
+        world, sums = seen.hostfile.world, SUMS // (2 if seen.plan and seen.plan.attention == "replicated" else 1)
+        cost = sums * sum(around.values()) * (world - 1) / world
+        what = f"the {sums} sums of a token of MiniMax-M3 take {cost * 1e3:.1f} ms at least over these links"
+        yield Look("note", what, "m3dist bench links measures the sums themselves")
 
 
 def _speed(seen: Examination, measured: Measured) -> Look:

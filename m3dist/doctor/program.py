@@ -14,9 +14,9 @@ from rich.text import Text
 from m3dist.cluster.hostfile import Hostfile
 from m3dist.doctor.examination import Examination, Finding, gib
 from m3dist.doctor.findings import find, works
-from m3dist.doctor.report import HostReport
+from m3dist.doctor.report import HostReport, Interface
 from m3dist.doctor.survey import Measured, Survey, launcher
-from m3dist.doctor.topology import needed_links
+from m3dist.doctor.topology import Link, needed_links
 from m3dist.errors import M3Error
 from m3dist.plan import Plan, plan_world
 from m3dist.plan_report import inventory_of
@@ -65,7 +65,8 @@ def _plan(args: argparse.Namespace, hostfile: Hostfile) -> tuple[Plan | None, li
     try:
         return plan_world(inventory, hostfile.world, args.weights, args.experts, args.attention), []
     except M3Error as error:
-        return None, [Finding("plan", "all", "error", str(error))]
+        remedy = f"`m3dist plan --model {args.model} --world N` says what each of N ranks would hold"
+        return None, [Finding("plan", "all", "error", str(error), remedy)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -73,7 +74,7 @@ def _plan(args: argparse.Namespace, hostfile: Hostfile) -> tuple[Plan | None, li
 
 
 def as_json(seen: Examination, findings: Sequence[Finding], seconds: float) -> dict[str, Any]:
-    """Everything, the evidence too: `findings` follow from it again."""
+    """What the tables say, and what each host answered."""
     return {
         "works": works(findings),
         "backend": seen.backend,
@@ -92,15 +93,22 @@ def as_json(seen: Examination, findings: Sequence[Finding], seconds: float) -> d
 
 
 def _link_json(seen: Examination, measured: Measured) -> dict[str, Any]:
-    link = measured.link
+    link, interface = measured.link, _interface(seen, measured.link)
     return {
         "from": seen.names[link.source],
         "to": seen.names[link.target],
         "address": link.address,
+        "interface": interface.name if interface else None,  # of `to`
         "round_trip": measured.round_trip,
         "bandwidth": measured.bandwidth,
         "problem": measured.problem or measured.unmeasured,
     }
+
+
+def _interface(seen: Examination, link: Link) -> Interface | None:
+    """The one at which a link arrives."""
+    target = seen.reports[link.target]
+    return target.interface_of(link.address) if isinstance(target, HostReport) else None
 
 
 def as_tables(seen: Examination, findings: Sequence[Finding], seconds: float) -> Iterable[Table | Text]:
@@ -133,8 +141,7 @@ def _hosts(seen: Examination) -> Table:
 def _links(seen: Examination) -> Table:
     table = _table("from", "to", "address", "on", "round trip", "bandwidth")
     for measured in seen.measured:
-        link, target = measured.link, seen.reports[measured.link.target]
-        interface = target.interface_of(link.address) if isinstance(target, HostReport) else None
+        link, interface = measured.link, _interface(seen, measured.link)
         trip = f"{measured.round_trip * 1e3:.3f} ms" if measured.round_trip else measured.problem or "not measured"
         rate = f"{measured.bandwidth / 1e9:.3g} GB/s" if measured.bandwidth else ""
         place = f"{interface.name} ({interface.kind})" if interface else "?"

@@ -288,7 +288,7 @@ def test_a_link_between_two_ranks_that_goes_down(cluster, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_killed_rank_on_another_host(cluster, backend):
     launcher = cluster.decoding((0, 1), backend)
-    assert cluster.net.kill(1, "-m m3dist generate")
+    assert cluster.net.kill(1, ") m3dist generate")
     status, said = cluster.end_of(launcher, END)
     assert status == 128 + signal.SIGKILL, said
     assert all(word in said for word in ("rank 1 on 10.83.0.2", "SIGKILL", "decode step")), said
@@ -297,7 +297,7 @@ def test_a_killed_rank_on_another_host(cluster, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_stopped_rank_on_another_host(cluster, backend):
     launcher = cluster.decoding((0, 1), backend)
-    assert cluster.net.freeze(1, "-m m3dist generate")
+    assert cluster.net.freeze(1, ") m3dist generate")
     status, said = cluster.end_of(launcher, STEP_LIMIT + END)
     assert status == EXIT_STALLED, said
     assert all(word in said for word in ("rank 1 on 10.83.0.2", "stopped", "decode step")), said

@@ -8,6 +8,8 @@ import pytest
 from m3dist import cli
 from m3dist.cluster import environment, supervise
 from m3dist.cluster.environment import Launch
+from m3dist.cluster.judge import Verdict
+from m3dist.cluster.ssh import python_module
 from m3dist.options import BenchOptions
 
 
@@ -23,7 +25,7 @@ def called(monkeypatch):
             return 0
 
     monkeypatch.setitem(sys.modules, "m3dist.bench.program", Program)
-    monkeypatch.setattr(supervise, "run_job", Program.main)
+    monkeypatch.setattr(supervise, "judged", lambda job, output=None: Verdict(Program.main(job)))
     for name in (*environment.MPI_RANKS, *environment.MLX_BACKENDS, "MLX_RANK"):
         monkeypatch.delenv(name, raising=False)
     return calls
@@ -60,7 +62,7 @@ def test_every_flag_arrives(called, tmp_path):
 def test_local_ranks(called):
     assert run("-n", "2", "--json") == 0
     [(job,)] = called
-    assert (job.command, job.hostfile.world) == ((None, "-m", "m3dist", "bench", "-n", "2", "--json"), 2)
+    assert (job.command, job.hostfile.world) == ((None, *python_module("m3dist"), "bench", "-n", "2", "--json"), 2)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,8 @@ import pytest
 from m3dist import __version__, cli
 from m3dist.cluster import environment, supervise
 from m3dist.cluster.environment import Launch
+from m3dist.cluster.judge import Verdict
+from m3dist.cluster.ssh import python_module
 from m3dist.errors import CommunicationError, PlanError
 
 ROOT = Path(__file__).parents[2]
@@ -27,7 +29,7 @@ def called(monkeypatch):
 
     monkeypatch.setitem(sys.modules, "m3dist.generate", Verb)
     monkeypatch.setitem(sys.modules, "m3dist.plan_report", Verb)
-    monkeypatch.setattr(supervise, "run_job", Verb.main)
+    monkeypatch.setattr(supervise, "judged", lambda job, output=None: Verdict(Verb.main(job)))
     for name in (*environment.MPI_RANKS, *environment.MLX_BACKENDS, "MLX_RANK"):
         monkeypatch.delenv(name, raising=False)
     return calls
@@ -77,7 +79,7 @@ def test_several_ranks_are_started_with_the_same_flags(called):
     argv = ["generate", "--prompt", "hi", "-n", "3"]
     assert run(*argv) == 0
     [(job,)] = called
-    assert (job.command, job.hostfile.world, job.backend) == ((None, "-m", "m3dist", *argv), 3, "ring")
+    assert (job.command, job.hostfile.world, job.backend) == ((None, *python_module("m3dist"), *argv), 3, "ring")
     assert (job.marked, job.reports) == (False, True)
 
 
@@ -103,27 +105,40 @@ def test_a_hostfile_of_one_rank_is_started_too(called, tmp_path):
 def test_launch_runs_any_command(called, monkeypatch):
     monkeypatch.setenv("HERE", "a b")
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    flags = ("--start-limit", "5", "--silence-limit", "7", "--env", "HERE", "--env", "X=1=2")
+    flags = ("--start-limit", "5", "--silence-limit", "7", "--end-limit", "9", "--env", "HERE", "--env", "X=1=2")
     assert run("launch", "-n", "2", *flags, "--", "sh", "-c", "exit 0") == 0
     [(job,)] = called
     assert (job.command, job.marked, job.reports) == (("sh", "-c", "exit 0"), True, False)
-    assert (job.start_limit, job.silence_limit) == (5, 7)
+    assert (job.start_limit, job.silence_limit, job.end_limit) == (5, 7, 9)
     assert dict(job.env) == {"HERE": "a b", "X": "1=2", "HF_TOKEN": "hf_secret"}
+    assert job.secret == {"HF_TOKEN"}
+    assert run("launch", "--env", "HF_TOKEN", "--", "true") == 0
+    assert called[1][0].secret == set()  # asked for by name
 
 
 def test_launch_starts_again(called, monkeypatch, capsys):
-    monkeypatch.setattr(supervise, "run_job", lambda job: called.append(job) or 5)
+    monkeypatch.setattr(supervise, "judged", lambda job: called.append(job) or Verdict(5))
     monkeypatch.setattr(supervise.time, "sleep", lambda seconds: called.append(seconds))
     assert run("launch", "--restart", "3", "--", "true") == 5
     assert called[1::2] == [1, 2, 4] and len(called) == 7
     assert "m3dist: starting again in 4 s (3 of 3)" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("status", [0, 2, 130, 143])
-def test_launch_does_not_start_again_what_would_fail_again_or_was_ended(called, monkeypatch, status):
-    monkeypatch.setattr(supervise, "run_job", lambda job: called.append(job) or status)
-    assert run("launch", "--restart", "3", "--", "true") == status
-    assert len(called) == 1
+@pytest.mark.parametrize(
+    ("verdict", "times"),
+    [
+        (Verdict(0), 1),
+        (Verdict(2), 1),
+        (Verdict(130, ordered=True), 1),
+        (Verdict(143, ordered=True), 1),
+        (Verdict(143, rank=1), 4),  # by somebody else
+    ],
+)
+def test_launch_does_not_start_again_what_would_fail_again_or_was_ended(called, monkeypatch, verdict, times):
+    monkeypatch.setattr(supervise, "judged", lambda job: called.append(job) or verdict)
+    monkeypatch.setattr(supervise.time, "sleep", lambda seconds: None)
+    assert run("launch", "--restart", "3", "--", "true") == verdict.status
+    assert len(called) == times
 
 
 @pytest.mark.parametrize(

@@ -146,9 +146,16 @@ def test_bad_jaccl_coordinator(file, coordinator):
         detect(environ | ({} if coordinator is None else {"MLX_JACCL_COORDINATOR": coordinator}))
 
 
-@pytest.mark.parametrize("text", ["soon", "", "nan", "inf", "0", "-1"])
+@pytest.mark.parametrize("text", ["soon", "", "nan", "inf", "0", "-1", "1e10"])
 def test_a_limit_that_is_no_time_to_wait(monkeypatch, text):
     monkeypatch.setenv("M3DIST_STEP_LIMIT", text)
-    with pytest.raises(M3Error, match=f"M3DIST_STEP_LIMIT must be a number of seconds, more than 0, not '{text}'"):
+    said = f"M3DIST_STEP_LIMIT must be a number of seconds, more than 0, at most 10000000, not '{text}'"
+    with pytest.raises(M3Error, match=said):
         seconds("M3DIST_STEP_LIMIT", 120.0)
     assert seconds("M3DIST_START_LIMIT", 60.0) == 60.0
+
+
+def test_a_limit_that_would_end_every_job(monkeypatch):
+    monkeypatch.setenv("M3DIST_SILENCE_LIMIT", "1")
+    with pytest.raises(M3Error, match="M3DIST_SILENCE_LIMIT must be a number of seconds, 5 or more, .* not '1'"):
+        seconds("M3DIST_SILENCE_LIMIT", 10.0, 5.0)

@@ -1,23 +1,24 @@
 """Whom the launcher blames, from what it has seen."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
 from m3dist.cluster.agent import free_ports
-from m3dist.cluster.judge import CAUSE_GRACE, STRAGGLE, Evidence, Exit, Loss, Stall, Verdict, judge
+from m3dist.cluster.judge import CAUSE_GRACE, Evidence, Exit, Loss, Stall, Verdict, judge
 
 LATE = 100.0
 
 
 def job(
-    *exits: tuple, stalls=(), losses=(), heard=None, phases=None, hosts=("here",) * 3, now: float = LATE
+    *exits: tuple, stalls=(), losses=(), heard=None, phases=None, hosts=("here",) * 3, now: float = LATE, **more
 ) -> Verdict | float:
     """judge() for exits (rank, code, at), stalls (rank, phase, seconds, state, at), losses (host, how, at); a rank a
     host."""
     seen = Evidence(range(len(hosts)), hosts, [Exit(*exit) for exit in exits], [Stall(*stall) for stall in stalls])
     seen.losses, seen.heard, seen.phases = [Loss(*loss) for loss in losses], heard or {}, phases or {}
-    return judge(seen, now)
+    return judge(replace(seen, **more), now)
 
 
 @pytest.mark.parametrize(
@@ -59,10 +60,24 @@ def test_victims_alone_do_not_wait():
 
 
 def test_an_early_end_is_given_time():
-    assert job((1, 0, 10.0), now=11.0) == 10.0 + STRAGGLE
-    verdict = job((1, 0, 10.0), now=10.0 + STRAGGLE)
+    assert job((1, 0, 10.0), now=11.0, end_limit=7.0) == 10.0 + 7.0
+    verdict = job((1, 0, 10.0), now=10.0 + 7.0, end_limit=7.0)
     assert isinstance(verdict, Verdict)
     assert (verdict.status, verdict.rank) == (1, 1)
+
+
+def test_a_rank_that_nobody_reads_is_not_late():
+    """It cannot end before all it prints is taken."""
+    assert job((1, 0, 10.0), now=LATE, end_limit=7.0, unread=LATE) == LATE + 7.0
+
+
+def test_a_rank_that_never_came_to_join():
+    verdict = job(stalls=[(1, "start", 61.0, "S", 70.0)])
+    assert (
+        isinstance(verdict, Verdict)
+        and verdict.status == 78
+        and "rank 1 finished nothing for 61 s in start" in (verdict.reason)
+    )
 
 
 def test_a_rank_that_a_launcher_above_us_ended_is_no_cause():

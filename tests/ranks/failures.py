@@ -211,7 +211,8 @@ class Trial:
 def phase(rank: psutil.Process) -> str:
     """What the rank is doing, as its agent sees it."""
     with contextlib.suppress(psutil.Error, OSError, KeyError):
-        with open(f"/proc/{rank.pid}/fd/{rank.environ()[STATUS]}", "r+b") as file:
+        descriptor = rank.environ()[STATUS].partition(":")[0]
+        with open(f"/proc/{rank.pid}/fd/{descriptor}", "r+b") as file:
             status = Page(os.dup(file.fileno())).read()
         return status.phase if status else ""
     return ""
@@ -232,9 +233,18 @@ def started(trial: Trial, **options: Any) -> Iterator[Trial]:
         trial.end()
 
 
-def faulty(folder: Path, backend: str, fault: str = "", rank: int = 1, world: int = 2, flags=(), **env: str) -> Trial:
-    """`m3dist launch` of faulty.py."""
-    program = ["python", FAULTY, str(folder), fault, str(rank)]
+def faulty(
+    folder: Path,
+    backend: str,
+    fault: str = "",
+    rank: int = 1,
+    world: int = 2,
+    flags: Sequence[str] = (),
+    plain: bool = False,
+    **env: str,
+) -> Trial:
+    """`m3dist launch` of faulty.py; `plain`: as a program that knows nothing of m3dist."""
+    program = ["python", FAULTY, str(folder), fault, str(rank), *(["plain"] if plain else [])]
     return Trial(
         folder, [*M3DIST, "launch", "-n", str(world), "--backend", backend, *flags, "--", *program], backend, **env
     )

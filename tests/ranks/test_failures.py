@@ -20,6 +20,7 @@ import psutil
 import pytest
 from failures import FAULTY, M3DIST, Trial, by_mlx_launch, by_mpirun, faulty, phase, started
 
+from m3dist.cluster.agent import STATE_LOOK
 from m3dist.cluster.handshake import DIGEST, NONCE
 from m3dist.cluster.mpi import SECRET
 from m3dist.tiny import DEMO_ANSWER, DEMO_PROMPT, PATH
@@ -198,6 +199,24 @@ def test_a_rank_never_joins(folder, backend):
         trial.check("rank 1 never joins the others", since, 3.0, status=78, line=line)
 
 
+@both_backends
+def test_a_stopped_rank_of_a_program_that_reports_nothing(folder, backend):
+    """It has no steps that could be late, but its process is seen to be stopped."""
+    with started(faulty(folder, backend, "SIGSTOP", plain=True)) as trial:
+        trial.wait_for_ranks()
+        line = r"^m3dist: rank 1 finished nothing for \d+ s in a program that reports no steps; its process is stopped"
+        what = "rank 1 of a program of anybody's is stopped (SIGSTOP)"
+        trial.check(what, trial.strike(), 2 * STATE_LOOK, status=76, line=line)
+
+
+@both_backends
+def test_a_rank_of_any_program_dies(folder, backend):
+    with started(faulty(folder, backend, "SIGKILL", plain=True)) as trial:
+        trial.wait_for_ranks()
+        line = "^m3dist: rank 1 was killed by SIGKILL; all ranks were ended"
+        trial.check("rank 1 of a program of anybody's is killed", trial.strike(), status=137, line=line)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # While a model is loaded, in prefill and in decode
 
@@ -319,6 +338,35 @@ def test_a_stopped_launcher(folder, backend):
         trial.send(signal.SIGCONT, launcher)
         line = "^m3dist: host 127.0.0.1 was lost: (it had )?no word from "
         trial.check("the launcher is stopped (SIGSTOP)", since, 5.0, status=77, line=line)
+
+
+@both_backends
+def test_a_stopped_launcher_of_ranks_that_print(folder, backend):
+    """It takes nothing they print any more: that must not keep its agents from ending them."""
+    program = "while True: print('x' * 1000)"
+    command = [
+        *M3DIST,
+        "launch",
+        "-n",
+        "2",
+        "--backend",
+        backend,
+        "--silence-limit",
+        "5",
+        "--",
+        "python",
+        "-c",
+        program,
+    ]
+    with started(Trial(folder, command, backend)) as trial:
+        trial.wait_for(lambda: trial.out.stat().st_size > 2**20)
+        launcher = psutil.Process(trial.process.pid)
+        since = trial.send(signal.SIGSTOP, launcher)
+        _, alive = psutil.wait_procs(trial.ranks(), timeout=5 + 10)
+        assert not alive
+        trial.send(signal.SIGCONT, launcher)
+        line = "^m3dist: host 127.0.0.1 was lost: (it had )?no word from "
+        trial.check("the launcher of ranks that print is stopped (SIGSTOP)", since, 5.0, status=77, line=line)
 
 
 @each_backend
@@ -520,6 +568,56 @@ def test_the_launcher_and_its_agents_cost_next_to_nothing(folder, backend):
         time.sleep(3)
         used = sum(sum(process.cpu_times()[:2]) for process in ours) - sum(before)
         assert used / (time.monotonic() - began) < 0.05, f"{used:.2f} s in 3 s"
+
+
+@both_backends
+def test_ranks_that_wait_for_a_reader_are_not_late(folder, backend):
+    """Rank 0 cannot end before what it prints is read, long after rank 1 has ended."""
+    program = "import os\nif 'ZERO' in os.environ: [print(f'{number:>98}') for number in range(40_000)]"
+    only_0 = 'MLX_RANK=${OMPI_COMM_WORLD_RANK:-$MLX_RANK}; [ $MLX_RANK = 0 ] && export ZERO=1; exec python -c "$0"'
+    command = [
+        *M3DIST,
+        "launch",
+        "-n",
+        "2",
+        "--backend",
+        backend,
+        "--end-limit",
+        "2",
+        "--",
+        "sh",
+        "-c",
+        only_0,
+        program,
+    ]
+    trial = Trial(folder, command, backend)
+    with started(trial, stdout=subprocess.PIPE):
+        with pytest.raises(subprocess.TimeoutExpired):
+            trial.process.wait(6)
+        assert len(trial.process.communicate(timeout=60)[0].splitlines()) == 40_000
+        assert trial.process.returncode == 0, trial.said()
+
+
+WRAPPER = "import subprocess, sys; sys.exit(subprocess.call(sys.argv[1:]))"  # closes what it inherits but 0 to 2
+
+
+@each_backend
+def test_a_wrapper_that_closes_descriptors(backend):
+    command = ["m3dist", "generate", "--temperature", "0", "--prompt", DEMO_PROMPT]
+    wrapped = ["launch", "-n", "2", "--backend", backend, "--", "python", "-c", WRAPPER, *command]
+    done = subprocess.run([*M3DIST, *wrapped], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and f"[rank 0] {DEMO_ANSWER}" in done.stdout, done.stderr
+
+
+@each_backend
+def test_a_folder_called_m3dist_where_it_starts(tmp_path, backend):
+    """As in a home with a checkout, where ssh starts us: it is not the package."""
+    (tmp_path / "m3dist").mkdir()
+    (tmp_path / "copy.py").write_text("raise SystemExit('not this one')")
+    m3dist = str(Path(sys.executable).with_name("m3dist"))
+    command = [m3dist, "generate", "-n", "2", "--backend", backend, "--temperature", "0", "--prompt", DEMO_PROMPT]
+    done = subprocess.run(command, cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and done.stdout.endswith(f"{DEMO_ANSWER}\n"), done.stderr
 
 
 FLOOD = """

@@ -21,14 +21,13 @@ DEADLINE = 30.0
 
 LAUNCHER = """
 import sys, time
-from m3dist.cluster import judge
 from m3dist.cluster.hostfile import local_hostfile
 from m3dist.cluster.supervise import Job, run_job
-judge.STRAGGLE = 1.0
 ranks, program, options = int(sys.argv[1]), sys.argv[2], eval(sys.argv[3])
 ours = ("stdin", "stdout", "stderr") if sys.stderr.isatty() else ("stdin", "stdout")
 command = options.pop("command", (None, program))
-status = run_job(Job(local_hostfile(ranks, options.pop("backend", "ring")), command, **{"ours": ours} | options))
+hostfile, options = local_hostfile(ranks, options.pop("backend", "ring")), {"ours": ours, "end_limit": 1.0} | options
+status = run_job(Job(hostfile, command, **options))
 with open("cpu", "w") as file:
     print(time.process_time(), file=file)
 sys.exit(status)
