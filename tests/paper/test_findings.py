@@ -33,7 +33,9 @@ def examined(reports, hosts=RING_OF_TWO, backend="ring", measured=None, **others
 
 
 def findings(reports, **others) -> list[Finding]:
-    return find(examined(reports, **others))
+    found = find(examined(reports, **others))
+    assert all(f.remedy for f in found if f.level == "error"), "an error says what to do"
+    return found
 
 
 def troubles(reports, **others) -> list[tuple[str, str, str]]:
@@ -82,6 +84,21 @@ def mesh_rows() -> list[tuple]:
 def test_what_a_token_waits_for():
     note = only(findings(two()), "links", "note")
     assert note.seen == "the 120 sums of a token of MiniMax-M3 take 36.0 ms at least over these links"
+
+
+def test_what_a_token_waits_for_at_two_addresses():
+    """They are used at once, and the slower one is waited for."""
+    hosts = (replace(RING_OF_TWO[0], ips=("192.168.0.1", "10.0.0.1")), replace(RING_OF_TWO[1], ips=("192.168.0.2",)))
+    trips = [(Link(0, 1, "192.168.0.2"), 0.3e-3), (Link(1, 0, "192.168.0.1"), 0.1e-3), (Link(1, 0, "10.0.0.1"), 0.3e-3)]
+    measured = [Measured(link, trip, 3e9) for link, trip in trips]
+    note = next(f for f in findings(two(), hosts=hosts, measured=measured) if (f.check, f.host) == ("links", "all"))
+    assert note.seen == "the 120 sums of a token of MiniMax-M3 take 36.0 ms at least over these links"
+
+
+def test_what_a_token_waits_for_with_replicated_attention():
+    inventory, _ = inventory_of("MiniMaxAI/MiniMax-M3-4bit", None, None, None)
+    note = only(findings(two(), plan=make_plan(inventory, 2, attention="replicated")), "links", "note")
+    assert note.seen == "the 60 sums of a token of MiniMax-M3 take 18.0 ms at least over these links"
 
 
 def test_findings_are_plain_values():
