@@ -4,7 +4,6 @@
 by all ranks, in the same order, with the same shapes: the ring does not check, it sums what arrives.
 """
 
-import ctypes.util
 import faulthandler
 import hashlib
 import json
@@ -18,6 +17,7 @@ import mlx.core as mx
 
 import m3dist
 from m3dist.errors import CommunicationError
+from m3dist.libmpi import mpi_library
 from m3dist.status import own_page
 
 GRACE = 5.0  # seconds that our launcher has for ending ranks which waited in vain for the others, and for saying why
@@ -77,8 +77,7 @@ def connect(backend: str | None, job: str | None = None, limit: float = 60.0) ->
     if backend is None:
         return Comm(), job or "single"
     if backend == "mpi":
-        # mlx's default name exists only where Open MPI's development files are installed.
-        os.environ.setdefault("MLX_MPI_LIBNAME", ctypes.util.find_library("mpi") or "libmpi.so")
+        os.environ.setdefault("MLX_MPI_LIBNAME", mpi_library())
     try:
         group = wait_for_every_rank_to_join(backend, limit)
     except (RuntimeError, ValueError) as error:

@@ -25,7 +25,6 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from ctypes.util import find_library
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -41,6 +40,7 @@ from m3dist.cluster.claim import claim
 from m3dist.cluster.environment import MLX_BACKENDS, LaunchError
 from m3dist.cluster.lifeline import LIFELINE
 from m3dist.cluster.ssh import channel_to_launcher
+from m3dist.libmpi import mpi_library
 from m3dist.status import DESCRIPTOR as STATUS
 from m3dist.status import Page, Status, handed, new_page
 
@@ -219,8 +219,8 @@ class Agent:
         env["PATH"] = os.pathsep.join([here, env.get("PATH", os.defpath)])
         # So that a rank that is killed or crashes has said all it had to say.
         env |= {"PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
-        if mpi.started_here(env):  # MLX's default name exists only where Open MPI's development files are installed
-            env.setdefault("MLX_MPI_LIBNAME", find_library("mpi") or "libmpi.so")
+        if mpi.started_here(env):
+            env.setdefault("MLX_MPI_LIBNAME", mpi_library())
         env |= {LIFELINE: handed(self.lifeline), STATUS: handed(page.descriptor)} | order["env"]
         for name, content in order["files"].items():
             self.scratch = self.scratch or Path(tempfile.mkdtemp(prefix="m3dist-"))

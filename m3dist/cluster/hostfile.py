@@ -23,7 +23,7 @@ from m3dist.options import MAX_RANKS
 
 BACKENDS = ("ring", "jaccl", "jaccl-ring", "mpi", "nccl")
 LARGEST_FILE = 1 << 16  # bytes; parsing it takes a second at most
-LARGEST_MEMORY = 1e6  # GB
+LARGEST_MEMORY = 1e6  # GiB
 
 # What the launchers tell a rank: set by a hostfile, it would only be wrong.
 LAUNCHER_VARIABLES = {"MLX_RANK", "MLX_JACCL_COORDINATOR", "MLX_JACCL_RING", "NCCL_HOST_IP", "NCCL_PORT"} | {
@@ -45,7 +45,7 @@ class Host:
     python: str | None = None  # an absolute path, ~/path, or a command
     cwd: str | None = None
     env: Mapping[str, str] = field(default_factory=dict)  # wins over the hostfile's own
-    memory_gb: float | None = None  # GB, 10**9 bytes
+    memory_gb: float | None = None  # GiB, as memory is sold
     ranks: int = 1
     lines: Mapping[str, int] = field(default_factory=dict, compare=False, repr=False)  # field -> line; "": the host's
 

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 
 # Imports go up this list, never down or sideways; a package's own modules may import each other.
 ORDER = [
-    {"m3dist", "m3dist.errors", "m3dist.options", "m3dist.progress", "m3dist.status", "m3dist.tiny"},
+    {"m3dist", "m3dist.errors", "m3dist.libmpi", "m3dist.options", "m3dist.progress", "m3dist.status", "m3dist.tiny"},
     {"m3dist.config", "m3dist.machines", "m3dist.metal", "m3dist.watchdog"},
     {"m3dist.tensors"},
     {"m3dist.layout", "m3dist.translation"},
