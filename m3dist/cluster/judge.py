@@ -149,9 +149,9 @@ def _blame(seen: Evidence, victims: Sequence[Exit]) -> Verdict:
     ended = [exit for exit in seen.exits if exit.code == 0 and not exit.ordered]
     absent = {rank for rank in seen.running if seen.phases.get(rank) == "start"}
     phases = {stall.phase for stall in seen.stalls} | {exit.phase for exit in victims}
-    if absent and phases == {"rendezvous"}:
-        waited = "".join(f" {stall.seconds:.0f} s" for stall in seen.stalls[:1])
-        reason = f"{seen.who(*absent)} did not join the others, which waited{waited} in rendezvous"
+    if absent and "rendezvous" in phases and phases <= {"rendezvous", "start"}:
+        waits = [f" {stall.seconds:.0f} s" for stall in seen.stalls if stall.phase == "rendezvous"]
+        reason = f"{seen.who(*absent)} did not join the others, which waited{''.join(waits[:1])} in rendezvous"
         return Verdict(EXIT_NOT_STARTED, reason, min(absent))
     if stopped or (seen.stalls and not victims):
         stall = (stopped or sorted(seen.stalls, key=lambda stall: -stall.seconds))[0]

@@ -71,6 +71,15 @@ def test_a_rank_that_nobody_reads_is_not_late():
     assert job((1, 0, 10.0), now=LATE, end_limit=7.0, unread=LATE) == LATE + 7.0
 
 
+def test_a_rank_that_did_not_come_to_join_the_others():
+    """Both are late, at about the same time: the one that is still starting is to blame."""
+    verdict = job(
+        stalls=[(1, "start", 61.0, "S", 70.0), (0, "rendezvous", 60.0, "S", 70.5)], phases={0: "rendezvous", 1: "start"}
+    )
+    assert isinstance(verdict, Verdict) and (verdict.status, verdict.rank) == (78, 1)
+    assert "rank 1 did not join the others, which waited 60 s in rendezvous" in verdict.reason
+
+
 def test_a_rank_that_never_came_to_join():
     verdict = job(stalls=[(1, "start", 61.0, "S", 70.0)])
     assert (
