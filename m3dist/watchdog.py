@@ -26,10 +26,11 @@ def end_process(code: int, message: str, abort: Callable[[int], None] | None = N
 
     `abort` ends a whole MPI job: an early exit alone leaves the other ranks of one waiting in finalize.
     """
+    line = f"m3dist: {message}\n"
     if page := own_page():
-        page.leave_words(message)
+        page.leave_words(line)
     with suppress(OSError):  # nobody reads it, or the disk is full: that must not keep us here
-        sys.stderr.write(f"m3dist: {message}\n")  # at once, so that no other rank's line gets in between
+        sys.stderr.write(line)  # at once, so that no other rank's line gets in between
         sys.stderr.flush()
     with suppress(OSError):
         sys.stdout.flush()

@@ -1,9 +1,10 @@
-"""The tables of docs/failures.md, measured on this machine: what tests/ranks/test_failures.py sees, and mlx.launch.
+"""The tables of docs/failures.md, measured on this machine: what the tests see, and mlx.launch.
 
     python tests/failure_table.py
 
-runs those tests, then does the same to a plain MLX program under mlx.launch, waits WAITED seconds for it to end, and
-writes both between the marks of docs/failures.md. Linux only; takes some minutes.
+runs tests/ranks/test_failures.py and tests/hosts/test_launch.py, then does the same to a plain MLX program under
+mlx.launch, waits WAITED seconds for it to end, and writes it all between the marks of docs/failures.md. Linux only, as
+root; takes some ten minutes.
 """
 
 import json
@@ -20,10 +21,11 @@ from importlib.metadata import version
 from pathlib import Path
 
 TESTS = Path(__file__).parent
-sys.path.insert(0, str(TESTS / "ranks"))
+sys.path[:0] = [str(TESTS), str(TESTS / "ranks")]
 
 import psutil  # noqa: E402
-from failures import DOCUMENT, FAULTY, TABLE, Outcome, Trial, by_mlx_launch, started  # noqa: E402
+from failures import DOCUMENT, FAULTY, Trial, by_mlx_launch, started  # noqa: E402
+from outcome import TABLE, Outcome  # noqa: E402
 
 WAITED = 20.0  # seconds
 BEGIN, END = "<!-- tests/failure_table.py writes from here -->", "<!-- to here -->"
@@ -80,7 +82,8 @@ def main() -> None:
 
 def tested(file: Path) -> list[Outcome]:
     """What the tests have seen, in their order; ring before MPI."""
-    command = [sys.executable, "-m", "pytest", "-q", str(TESTS / "ranks" / "test_failures.py")]
+    files = [str(TESTS / "ranks" / "test_failures.py"), str(TESTS / "hosts" / "test_launch.py")]
+    command = [sys.executable, "-m", "pytest", "-q", *files]
     subprocess.run(command, env=os.environ | {TABLE: str(file)}, cwd=TESTS.parent, stdout=sys.stderr, check=True)
     rows = [Outcome(**json.loads(line)) for line in file.read_text().splitlines()]
     order = list(dict.fromkeys(row.what for row in rows))
@@ -115,12 +118,17 @@ def under_mlx_launch(injection: Injection, folder: Path) -> Outcome:
 
 def document(rows: Iterable[Outcome], others: dict[str, Outcome]) -> Iterator[str]:
     ours = [row for row in rows if row.launcher == "m3dist"]
-    plain = [row for row in rows if row.launcher != "m3dist"]
+    between = [row for row in rows if row.launcher == "m3dist over ssh"]
+    plain = [row for row in rows if row.launcher in ("mlx.launch", "mpirun")]
     yield f"Measured on Linux with {os.cpu_count()} cores, MLX {version('mlx')}, {mpi_version()}."
     yield "\n### m3dist\n"
     yield from table("what happens", "backend", "deadline", "all ended after", "status", "the user reads", "left")
     for row in ours:
         yield line(row.what, row.backend, limit(row), seconds(row), row.status, said(row), left(row))
+    yield "\n### m3dist between hosts, over ssh\n"
+    yield from table("what happens", "backend", "deadline", "all ended after", "status", "the user reads")
+    for row in between:
+        yield line(row.what, row.backend, limit(row), seconds(row), row.status, said(row))
     yield "\n### mlx.launch beside it, ring\n"
     yield from table(
         "what happens", "m3dist: ended after", "status", "left", "mlx.launch: ended after", "status", "left"

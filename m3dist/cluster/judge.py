@@ -158,7 +158,7 @@ def _blame(seen: Evidence, victims: Sequence[Exit]) -> Verdict:
         state = f"; its process {STATES[stall.state]}" if stall.state in STATES else ""
         reason = f"{seen.who(stall.rank)} finished nothing for {stall.seconds:.0f} s in {stall.phase}{state}"
         return Verdict(EXIT_NOT_STARTED if stall.phase == "start" else EXIT_STALLED, reason, stall.rank)
-    victim = victims[0]
+    victim = min(victims, key=lambda exit: exit.ordered)  # the first that nobody ended on purpose, as mpirun does
     if ended:  # perhaps noticed later than the victim's end, which takes less time
         reason = f"{seen.who(ended[0].rank)} ended early (exit code 0) and {seen.who(victim.rank)} still needed it"
         return Verdict(victim.status, reason, ended[0].rank)

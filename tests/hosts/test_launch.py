@@ -16,6 +16,7 @@ from subprocess import PIPE
 
 import pytest
 from network import HostProcess, Network
+from outcome import Outcome
 from spec import REFUSING, SILENT, Spec, installed_shells
 
 from m3dist import __version__
@@ -71,18 +72,29 @@ class Cluster:
             raise AssertionError(launcher.stderr.read().decode())
         return launcher
 
-    def end_of(self, launcher: HostProcess, within: float, but: str = "nothing") -> tuple[int, str]:
-        """Its status and what it says on standard error, once all processes are gone from every host.
+    def end_of(
+        self, launcher: HostProcess, limit: float = 0.0, but: str = "nothing", what: str = "", backend: str = "ring"
+    ) -> tuple[int, str]:
+        """Its status and what it says on standard error, once all processes are gone from every host, END seconds
+        after `limit` at the latest; where `what` has just happened, a row of the table in docs/failures.md.
 
         but: a command line of processes that may stay; they are ended here.
         """
-        start = time.monotonic()
+        start, within = time.monotonic(), limit + END
         _, said = launcher.communicate(timeout=within)
         left = self.net.wait_empty(within - (time.monotonic() - start), but)
         assert left == [], f"after {within} s; the launcher said:\n{said.decode()}"
+        seconds = time.monotonic() - start
         for i in range(len(self.net.hosts)):
             self.net.kill(i, but)
+        if what:
+            self.record(what, backend, limit, seconds, launcher.returncode, said.decode())
         return launcher.returncode, said.decode()
+
+    def record(self, what: str, backend: str, limit: float, seconds: float, status: int, said: str) -> None:
+        lines = [line for line in said.splitlines() if line.startswith("m3dist: ")]
+        line = next((line for line in lines if "all ranks were ended" in line), "".join(lines[:1]))
+        Outcome(what, backend, "m3dist over ssh", limit, seconds, status, line).record()
 
 
 @pytest.fixture
@@ -209,9 +221,12 @@ def test_an_unreachable_host(cluster, address, why, seconds, backend):
     absent = {"ssh": address, "ips": [address]}
     start = time.monotonic()
     done = cluster.run(cluster.command("generate", (0, 1, absent), *ANSWER, backend=backend))
-    assert time.monotonic() - start < seconds + END
+    took = time.monotonic() - start
+    assert took < seconds + END
     assert done.returncode == EXIT_UNREACHABLE, done.stderr
     assert address in done.stderr and why in done.stderr
+    what = f"a host that {'refuses' if address == REFUSING else 'does not answer'}"
+    cluster.record(what, backend, 0.0 if address == REFUSING else SSH_LIMIT, took, done.returncode, done.stderr)
 
 
 def test_a_start_limit_bounds_an_unreachable_host(cluster):
@@ -224,7 +239,10 @@ def test_a_start_limit_bounds_an_unreachable_host(cluster):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_another_version(cluster, backend):
+    start = time.monotonic()
     done = cluster.run(cluster.command("generate", (0, 3), *ANSWER, backend=backend))
+    took = time.monotonic() - start
+    cluster.record("a host with another version", backend, 0.0, took, done.returncode, done.stderr)
     assert done.returncode == EXIT_NOT_STARTED, done.stderr
     assert all(word in done.stderr for word in (cluster.net.host(3).address, "0.0.9", __version__)), done.stderr
 
@@ -272,7 +290,9 @@ def test_a_host_whose_link_goes_down(cluster, hosts, backend):
     """
     launcher = cluster.decoding(hosts, backend)
     cluster.net.link_down(1)
-    status, said = cluster.end_of(launcher, SILENCE_LIMIT + END, but="sshd: ann")
+    status, said = cluster.end_of(
+        launcher, SILENCE_LIMIT, "sshd: ann", f"the link of host {hosts.index(1)} of 2 goes down", backend
+    )
     assert status == EXIT_UNREACHABLE, said
     assert cluster.net.host(1).address in said and "decode step" in said, said
 
@@ -281,7 +301,8 @@ def test_a_host_whose_link_goes_down(cluster, hosts, backend):
 def test_a_link_between_two_ranks_that_goes_down(cluster, backend):
     launcher = cluster.decoding((1, 2), backend)
     cluster.net.cut(1, 2)
-    status, said = cluster.end_of(launcher, STEP_LIMIT + END)
+    what = "packets between two hosts vanish; the launcher reaches both"
+    status, said = cluster.end_of(launcher, STEP_LIMIT, what=what, backend=backend)
     assert status == EXIT_STALLED, said
     assert all(word in said for word in (cluster.net.host(1).address, cluster.net.host(2).address, "decode step")), said
 
@@ -290,7 +311,7 @@ def test_a_link_between_two_ranks_that_goes_down(cluster, backend):
 def test_a_killed_rank_on_another_host(cluster, backend):
     launcher = cluster.decoding((0, 1), backend)
     assert cluster.net.kill(1, ") m3dist generate")
-    status, said = cluster.end_of(launcher, END)
+    status, said = cluster.end_of(launcher, what="rank 1 is killed", backend=backend)
     assert status == 128 + signal.SIGKILL, said
     assert all(word in said for word in ("rank 1 on 10.83.0.2", "SIGKILL", "decode step")), said
 
@@ -299,7 +320,7 @@ def test_a_killed_rank_on_another_host(cluster, backend):
 def test_a_stopped_rank_on_another_host(cluster, backend):
     launcher = cluster.decoding((0, 1), backend)
     assert cluster.net.freeze(1, ") m3dist generate")
-    status, said = cluster.end_of(launcher, STEP_LIMIT + END)
+    status, said = cluster.end_of(launcher, STEP_LIMIT, what="rank 1 is stopped", backend=backend)
     assert status == EXIT_STALLED, said
     assert all(word in said for word in ("rank 1 on 10.83.0.2", "stopped", "decode step")), said
 
@@ -308,7 +329,10 @@ def test_a_stopped_rank_on_another_host(cluster, backend):
 def test_a_host_that_freezes_whole(cluster, backend):
     launcher = cluster.decoding((0, 1), backend)
     assert cluster.net.freeze(1)
+    start = time.monotonic()
     _, said = launcher.communicate(timeout=SILENCE_LIMIT + END)
+    took, what = time.monotonic() - start, "a host freezes; all ended but there, where it does when it goes on"
+    cluster.record(what, backend, SILENCE_LIMIT, took, launcher.returncode, said.decode())
     assert launcher.returncode == EXIT_UNREACHABLE and "10.83.0.2" in said.decode(), said.decode()
     assert cluster.net.processes(0) == []
     cluster.net.kill(1, number=signal.SIGCONT)
@@ -327,7 +351,8 @@ def test_a_host_that_freezes_whole(cluster, backend):
 def test_a_killed_agent_or_connection(cluster, what, backend):
     launcher = cluster.decoding((0, 1), backend)
     assert cluster.net.kill(1, what)
-    status, said = cluster.end_of(launcher, END)
+    name = {"sshd: ": "the connection to host 1", "orted": "mpirun's daemon on host 1"}.get(what, "host 1's agent")
+    status, said = cluster.end_of(launcher, what=f"{name} is killed", backend=backend)
     assert status == EXIT_UNREACHABLE or (what == "orted" and status != 0), said
     assert "10.83.0.2" in said, said
 
@@ -337,7 +362,7 @@ def test_a_killed_agent_or_connection(cluster, what, backend):
 def test_a_signal_to_the_launcher(cluster, number, backend):
     launcher = cluster.decoding((1, 2), backend)
     launcher.send_signal(number)
-    status, said = cluster.end_of(launcher, END)
+    status, said = cluster.end_of(launcher, what=f"the launcher gets {number.name}", backend=backend)
     assert status == (-number if number == signal.SIGKILL else 128 + number), said
     if number == signal.SIGKILL:  # the next start succeeds at once
         done = cluster.run(cluster.command("generate", (1, 2), *ANSWER, backend=backend))
@@ -378,4 +403,4 @@ def test_a_launcher_killed_while_it_starts(cluster, last, when, backend):
     launcher = cluster.net.popen(0, cluster.command("generate", hosts, *ENDLESS, backend=backend), stderr=PIPE)
     cluster.net.wait_for(0, when)
     launcher.kill()
-    cluster.end_of(launcher, SSH_LIMIT + 2.0)
+    cluster.end_of(launcher, SSH_LIMIT + 2.0 - END)

@@ -71,6 +71,12 @@ def test_a_rank_that_nobody_reads_is_not_late():
     assert job((1, 0, 10.0), now=LATE, end_limit=7.0, unread=LATE) == LATE + 7.0
 
 
+def test_a_rank_that_mpirun_ended_is_blamed_last():
+    """Its daemon on another host was killed: it ends the ranks here, and those there lose it."""
+    verdict = job((0, -15, 10.0, "decode step 3", 0, False, True), (1, 195, 10.5), (2, 195, 10.6))
+    assert isinstance(verdict, Verdict) and (verdict.status, verdict.rank) == (195, 1)
+
+
 def test_a_rank_that_did_not_come_to_join_the_others():
     """Both are late, at about the same time: the one that is still starting is to blame."""
     verdict = job(

@@ -1,11 +1,10 @@
 """Jobs that fail: start one, let a fault strike, see what becomes of it. Every wait has a deadline.
 
 A job's processes are found by a variable of their environment, whatever they are called and whoever is their parent by
-then. Where TABLE is set, each outcome is added to the file that it names: tests/failure_table.py makes a table of them.
+then.
 """
 
 import contextlib
-import json
 import os
 import re
 import signal
@@ -15,12 +14,12 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 from faulty import rank_of
+from outcome import TABLE, Outcome
 from world import MPIRUN
 
 from m3dist.cluster.supervise import AGENT
@@ -29,7 +28,6 @@ from m3dist.status import Page
 
 BOUND = 10.0  # seconds from the deadline that applies until every process must have ended
 PATIENCE = 60.0  # seconds for anything that is no failure, such as a start on a busy machine
-TABLE = "M3DIST_FAILURE_TABLE"
 MARK = "FAILURE_TEST_JOB"
 FAULTY = str(Path(__file__).with_name("faulty.py"))
 M3DIST = [sys.executable, "-m", "m3dist"]
@@ -40,26 +38,6 @@ import fcntl, os, sys, termios
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 os.execv(sys.argv[1], sys.argv[1:])
 """
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of a job: `seconds` from the fault until no process was left, or None where some are."""
-
-    what: str  # was done to it
-    backend: str
-    launcher: str
-    limit: float  # seconds from the fault to the deadline that applies
-    seconds: float | None
-    status: int | None
-    line: str  # that the user reads
-    left: int  # processes
-    files: int  # in the temporary folder, and shared memory of the ranks
-
-    def record(self) -> None:
-        if TABLE in os.environ:
-            with open(os.environ[TABLE], "a") as table:
-                table.write(json.dumps(asdict(self)) + "\n")
 
 
 class Trial:

@@ -3,6 +3,7 @@
 Each test is a row of the table in docs/failures.md. Tests that mostly wait run over both backends at once.
 """
 
+import contextlib
 import functools
 import os
 import re
@@ -323,6 +324,22 @@ def test_the_terminal_is_closed(tmp_path, backend):
         since = time.monotonic()
         os.close(ours)
         trial.check("the launcher's terminal is closed", since, status=128 + signal.SIGHUP, line="")
+
+
+def test_a_rank_s_words_on_a_terminal_are_known_too():
+    """There rank 0 writes to the terminal itself: the launcher does not see it, and yet says what to do."""
+    ours, theirs = os.openpty()
+    command = [*M3DIST, "generate", "-n", "2", "--model", "nobody/nothing", "--prompt", "Hello"]
+    env = os.environ | {"HF_HUB_OFFLINE": "1"}
+    with subprocess.Popen(command, env=env, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True) as job:
+        os.close(theirs)
+        said = b""
+        with contextlib.suppress(OSError):  # Linux: the end
+            while data := os.read(ours, 4096):
+                said += data
+        os.close(ours)
+        assert job.wait(60) == 2
+    assert b"m3dist: rank 0: nobody/nothing is no directory here" in said and b"m3dist: what to do: Copy the" in said
 
 
 @both_backends

@@ -285,7 +285,7 @@ def test_an_address_is_one_rank_s_until_it_ends(tmp_path):
     locks.mkdir()
 
     def claimer(*ports: str) -> subprocess.Popen:
-        command = [sys.executable, "-c", CLAIMER, str(locks / "lock"), str(tmp_path / "hosts.json"), *ports]
+        command = [sys.executable, "-c", CLAIMER, str(locks / "lock"), str(tmp_path / "-".join(ports)), *ports]
         pipe = subprocess.PIPE
         return subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
 
