@@ -12,6 +12,7 @@ import pytest
 from m3dist.cluster import mpi
 from m3dist.cluster.channel import Channel, ChannelClosed
 from m3dist.cluster.environment import LaunchError
+from m3dist.cluster.hostfile import Host
 
 SECRET, OTHER = "a" * 64, "b" * 64
 
@@ -78,3 +79,18 @@ def test_only_a_daemon_of_mpirun_is_ended():
     program = "from m3dist.cluster import mpi; mpi.end_daemon()"
     done = subprocess.run([sys.executable, "-c", program], timeout=60)
     assert done.returncode == 0  # and we are still here
+
+
+@pytest.mark.parametrize(
+    ("hosts", "said"),
+    [
+        ((Host("mac1", user="ann"), Host("mac1", user="bob")), "host mac1: mpirun can start ranks there as one user"),
+        ((Host("mac1", port=22), Host("mac1", port=2222)), "host mac1: .* on one port"),
+        ((Host("a:2"),), "host a:2: a name with , or :"),
+        ((Host("a,b"),), "host a,b: a name with , or :"),
+    ],
+)
+def test_hosts_that_mpirun_cannot_tell_apart(hosts, said):
+    with pytest.raises(LaunchError, match=said):
+        mpi.check_names(hosts)
+    mpi.check_names((Host("mac1", user="ann"), Host("mac2", user="bob"), Host("mac1", user="ann")))
