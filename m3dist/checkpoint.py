@@ -209,19 +209,24 @@ def resolve(model: str) -> Path:
     "tiny" is the embedded one also where a directory has that name; that one is ./tiny. Raises CheckpointError where it
     is none of these, or the hub does not give it.
     """
+    if directory := local(model):
+        return directory
+    if os.path.exists(os.path.expanduser(model)):
+        raise CheckpointError(f"{model} is a file; name the directory with config.json and the safetensors files")
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model):
+        raise CheckpointError(f"{model}: no such directory, and no Hugging Face id (owner/name) either")
+    return _download(model)
+
+
+def local(model: str) -> Path | None:
+    """The directory, where `model` names one, or the one in the package; None where only the hub may know it."""
     if model == "tiny":
         from m3dist import tiny
 
         return tiny.PATH
     # os.path says no where pathlib raises: a name too long, a user or a directory that is not known here
     path = os.path.expanduser(model)
-    if os.path.isdir(path):
-        return Path(path)
-    if os.path.exists(path):
-        raise CheckpointError(f"{model} is a file; name the directory with config.json and the safetensors files")
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model):
-        raise CheckpointError(f"{model}: no such directory, and no Hugging Face id (owner/name) either")
-    return _download(model)
+    return Path(path) if os.path.isdir(path) else None
 
 
 def _download(model: str) -> Path:

@@ -47,10 +47,16 @@ from m3dist.options import (
     GenerateOptions,
     LinksOptions,
 )
-from m3dist.watchdog import EXIT_PEER_LOST, LONGEST, seconds
+from m3dist.watchdog import EXIT_PEER_LOST, START, bounds, seconds, within_bounds
 
 SECRETS = ("HF_TOKEN",)
-LEAST_SILENCE = 5.0  # seconds: hosts are asked for a word every two
+# What the launcher waits for: the variable, its default and the least, in seconds. Hosts are asked for a word
+# every two.
+LIMITS = {
+    "start_limit": START,
+    "silence_limit": ("M3DIST_SILENCE_LIMIT", 10.0, 5.0),
+    "end_limit": ("M3DIST_END_LIMIT", 60.0, 0.0),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -176,9 +182,7 @@ def start_ranks(parser: argparse.ArgumentParser, args: argparse.Namespace, argv:
             env=forwarded(),
             secret=SECRETS,
             ours=("stdin", "stdout", "stderr") if sys.stderr.isatty() else ("stdin", "stdout"),
-            start_limit=seconds("M3DIST_START_LIMIT", 60.0),
-            silence_limit=seconds("M3DIST_SILENCE_LIMIT", 10.0, LEAST_SILENCE),
-            end_limit=seconds("M3DIST_END_LIMIT", 60.0),
+            **limits(args),
         )
     )
 
@@ -202,9 +206,7 @@ def launch(parser: argparse.ArgumentParser, args: argparse.Namespace, argv: list
         marked=True,
         ours=("stdin",),
         reports=False,
-        start_limit=args.start_limit or seconds("M3DIST_START_LIMIT", 60.0),
-        silence_limit=args.silence_limit or seconds("M3DIST_SILENCE_LIMIT", 10.0, LEAST_SILENCE),
-        end_limit=args.end_limit or seconds("M3DIST_END_LIMIT", 60.0),
+        **limits(args),
     )
     return run_again(job, args.restart)
 
@@ -222,6 +224,11 @@ def hosts_of(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Hostf
     hostfile = read_hostfile(args.hostfile)
     backend = args.backend or hostfile.backend or "ring"
     return hostfile if backend == hostfile.backend else hostfile.with_backend(backend)
+
+
+def limits(args: argparse.Namespace) -> dict[str, Any]:
+    """LIMITS, each from its flag, where the verb has it, or its variable."""
+    return {name: getattr(args, name, None) or seconds(*of) for name, of in LIMITS.items()}
 
 
 def forwarded() -> dict[str, str]:
@@ -352,6 +359,10 @@ def add(group: Any, *flags: str, default: Any = None, help: str, **kwargs: Any) 
     group.add_argument(*flags, default=default, help=help + suffix, **kwargs)
 
 
+# A flag takes a line or two.
+# fmt: off
+
+
 def add_generate(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Answer one prompt: in this process, in -n processes on this machine, or as a rank of mlx.launch or mpirun."
@@ -360,14 +371,8 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
     preset = GenerateOptions(prompt="")
 
     text = parser.add_argument_group("text")
-    add(
-        text,
-        "--model",
-        metavar="DIR|HUB_ID|tiny",
-        type=nonempty,
-        default=preset.model,
-        help="checkpoint directory, hub id, or tiny: the one inside the package",
-    )
+    add(text, "--model", metavar="DIR|HUB_ID|tiny", type=nonempty, default=preset.model,
+        help="checkpoint directory, hub id, or tiny: the one inside the package")
     add(text, "--prompt", metavar="TEXT", type=nonempty, required=True, help="what to answer; - reads standard input")
     add(text, "--system", metavar="TEXT", type=unicode, help="system message")
     add(text, "--thinking", choices=THINKING, default=preset.thinking, help="whether the model reasons first")
@@ -376,31 +381,13 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
 
     sampling = parser.add_argument_group("sampling")
     add(sampling, "--max-tokens", metavar="N", type=whole(1), default=preset.max_tokens, help="longest answer")
-    add(
-        sampling,
-        "--temperature",
-        metavar="T",
-        type=real("0 or more", lambda x: x >= 0),
-        default=preset.temperature,
-        help="0 always takes the likeliest token",
-    )
-    add(
-        sampling,
-        "--top-p",
-        metavar="P",
-        type=real("more than 0 and at most 1", lambda x: 0 < x <= 1),
-        default=preset.top_p,
-        help="the likeliest tokens that together reach this probability; 1 is off",
-    )
+    add(sampling, "--temperature", metavar="T", type=real("0 or more", lambda x: x >= 0), default=preset.temperature,
+        help="0 always takes the likeliest token")
+    add(sampling, "--top-p", metavar="P", type=real("more than 0 and at most 1", lambda x: 0 < x <= 1),
+        default=preset.top_p, help="the likeliest tokens that together reach this probability; 1 is off")
     add(sampling, "--top-k", metavar="K", type=whole(0), default=preset.top_k, help="the K likeliest tokens; 0 is off")
-    add(
-        sampling,
-        "--min-p",
-        metavar="P",
-        type=real("from 0 to 1", lambda x: 0 <= x <= 1),
-        default=preset.min_p,
-        help="tokens at least this likely, relative to the likeliest; 0 is off",
-    )
+    add(sampling, "--min-p", metavar="P", type=real("from 0 to 1", lambda x: 0 <= x <= 1), default=preset.min_p,
+        help="tokens at least this likely, relative to the likeliest; 0 is off")
     add(sampling, "--seed", metavar="N", type=whole(0, 2**64 - 1), help="the same seed gives the same answer")
     add(sampling, "--stop", metavar="TEXT", type=nonempty, action="append", help="end before TEXT; repeatable")
 
@@ -409,62 +396,31 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
 
 
 def add_prefill_chunk(group: Any) -> None:
-    add(
-        group,
-        "--prefill-chunk",
-        metavar="N",
-        type=whole(1),
+    add(group, "--prefill-chunk", metavar="N", type=whole(1),
         help=f"tokens of the prompt computed at a time; default: {GPU_PREFILL_CHUNK} on a GPU, {CPU_PREFILL_CHUNK} on "
-        "the CPU",
-    )
+        "the CPU")
 
 
 def add_ranks(group: Any) -> None:
-    add(
-        group,
-        "-n",
-        "--ranks",
-        metavar="N",
-        type=whole(1, MAX_RANKS),
-        help="processes to start on this machine (mlx.launch and mpirun set their number themselves)",
-    )
-    add(
-        group,
-        "--hostfile",
-        metavar="FILE",
-        type=nonempty,
-        help="the machines to start ranks on, over ssh (hostfiles/README.md)",
-    )
-    add(
-        group, "--backend", choices=BACKENDS, help="what the ranks talk over; default: what the hostfile names, or ring"
-    )
+    add(group, "-n", "--ranks", metavar="N", type=whole(1, MAX_RANKS),
+        help="processes to start on this machine (mlx.launch and mpirun set their number themselves)")
+    add(group, "--hostfile", metavar="FILE", type=nonempty,
+        help="the machines to start ranks on, over ssh (hostfiles/README.md)")
+    add(group, "--backend", choices=BACKENDS,
+        help="what the ranks talk over; default: what the hostfile names, or ring")
 
 
 def add_cut(parser: argparse.ArgumentParser, preset: GenerateOptions | BenchOptions) -> Any:
     """The group of flags that say how many ranks there are and what each holds."""
     cut = parser.add_argument_group("the cut")
     add_ranks(cut)
-    add(
-        cut,
-        "--experts",
-        choices=EXPERTS,
-        default=preset.experts,
-        help="cut each routed expert by columns, or give each rank whole experts",
-    )
-    add(
-        cut,
-        "--attention",
-        choices=ATTENTION,
-        default=preset.attention,
-        help="share the heads out, or give each rank all of them: a sum a layer less, for more memory; equal machines",
-    )
+    add(cut, "--experts", choices=EXPERTS, default=preset.experts,
+        help="cut each routed expert by columns, or give each rank whole experts")
+    add(cut, "--attention", choices=ATTENTION, default=preset.attention,
+        help="share the heads out, or give each rank all of them: a sum a layer less, for more memory; equal machines")
     add(cut, "--weights", metavar="W,W,...", type=positives, help="each rank's share of the work, such as 2,1,1")
-    add(
-        cut,
-        "--dtype",
-        choices=DTYPES,
-        help="of activations and unquantised weights; default: bfloat16 on a GPU, float32 on the CPU",
-    )
+    add(cut, "--dtype", choices=DTYPES,
+        help="of activations and unquantised weights; default: bfloat16 on a GPU, float32 on the CPU")
     return cut
 
 
@@ -475,50 +431,19 @@ def add_launch(parser: argparse.ArgumentParser) -> None:
     parser.usage = "%(prog)s [--hostfile FILE | -n N] [FLAG ...] -- COMMAND ..."
     parser.set_defaults(call=partial(launch, parser))
     add_ranks(parser)
-    add(
-        parser,
-        "--restart",
-        metavar="N",
-        type=whole(0),
-        default=0,
-        help="start again at most N times after a failure, after 1, 2, 4, ... s",
-    )
-    add(
-        parser,
-        "--start-limit",
-        metavar="SECONDS",
-        type=real(f"more than 0, at most {LONGEST:.0f}", lambda x: 0 < x <= LONGEST),
+    add(parser, "--restart", metavar="N", type=whole(0), default=0,
+        help="start again at most N times after a failure, after 1, 2, 4, ... s")
+    add(parser, "--start-limit", metavar="SECONDS", type=limit("start_limit"),
         help="until every host must have answered and every rank that reports must have come up; default: "
-        "M3DIST_START_LIMIT, or 60",
-    )
-    add(
-        parser,
-        "--silence-limit",
-        metavar="SECONDS",
-        type=real(f"{LEAST_SILENCE:g} or more, at most {LONGEST:.0f}", lambda x: LEAST_SILENCE <= x <= LONGEST),
-        help="without a word from a host, until it counts as lost; default: M3DIST_SILENCE_LIMIT, or 10",
-    )
-    add(
-        parser,
-        "--end-limit",
-        metavar="SECONDS",
-        type=real(f"more than 0, at most {LONGEST:.0f}", lambda x: 0 < x <= LONGEST),
-        help="that ranks may go on after another has ended with status 0; default: M3DIST_END_LIMIT, or 60",
-    )
-    parser.add_argument(
-        "--env",
-        metavar="NAME[=VALUE]",
-        type=variable,
-        action="append",
-        default=[],
-        help="set for every rank; without a value, to ours; repeatable",
-    )
-    parser.add_argument(
-        "command",
-        metavar="COMMAND",
-        nargs=argparse.REMAINDER,
-        help="`python` and `m3dist` are each host's own (the hostfile's `python`)",
-    )
+        "M3DIST_START_LIMIT, or 60")
+    add(parser, "--silence-limit", metavar="SECONDS", type=limit("silence_limit"),
+        help="without a word from a host, until it counts as lost; default: M3DIST_SILENCE_LIMIT, or 10")
+    add(parser, "--end-limit", metavar="SECONDS", type=limit("end_limit"),
+        help="that ranks may go on after another has ended with status 0; default: M3DIST_END_LIMIT, or 60")
+    parser.add_argument("--env", metavar="NAME[=VALUE]", type=variable, action="append", default=[],
+        help="set for every rank; without a value, to ours; repeatable")
+    parser.add_argument("command", metavar="COMMAND", nargs=argparse.REMAINDER,
+        help="`python` and `m3dist` are each host's own (the hostfile's `python`)")
 
 
 def add_doctor(parser: argparse.ArgumentParser) -> None:
@@ -528,13 +453,8 @@ def add_doctor(parser: argparse.ArgumentParser) -> None:
     )
     parser.set_defaults(call=partial(doctor, parser))
     add_ranks(parser)
-    add(
-        parser,
-        "--model",
-        metavar="DIR|HUB_ID|tiny",
-        type=nonempty,
-        help="compare memory and disk with what this model needs; see m3dist plan",
-    )
+    add(parser, "--model", metavar="DIR|HUB_ID|tiny", type=nonempty,
+        help="compare memory and disk with what this model needs; see m3dist plan")
     add(parser, "--context", metavar="N", type=whole(1), help="with --model: tokens of context to make room for")
     add(parser, "--experts", choices=EXPERTS, default=EXPERTS[0], help="with --model: how the experts are cut")
     add(parser, "--attention", choices=ATTENTION, default=ATTENTION[0], help="with --model: how the attention is cut")
@@ -549,22 +469,12 @@ def add_hostfile(parser: argparse.ArgumentParser) -> None:
     )
     parser.set_defaults(call=partial(hostfile, parser))
     what = parser.add_mutually_exclusive_group(required=True)
-    add(
-        what,
-        "--hosts",
-        metavar="HOST,HOST,...",
-        type=host_names,
-        help="names that ssh knows, such as mac1.local or me@mac1.local; 127.0.0.1 is this machine",
-    )
+    add(what, "--hosts", metavar="HOST,HOST,...", type=host_names,
+        help="names that ssh knows, such as mac1.local or me@mac1.local; 127.0.0.1 is this machine")
     add(what, "--check", metavar="FILE", type=nonempty, help="a hostfile; m3dist doctor measures its links too")
     add(parser, "--backend", choices=BACKENDS[:-1], help="default: the fastest of jaccl, jaccl-ring and ring")
-    add(
-        parser,
-        "--python",
-        metavar="PATH",
-        type=interpreter,
-        help="which has m3dist on those hosts, such as '~/venv/bin/python' (in quotes); default: the path of this one",
-    )
+    add(parser, "--python", metavar="PATH", type=interpreter,
+        help="which has m3dist on those hosts, such as '~/venv/bin/python' (in quotes); default: the path of this one")
     add(parser, "-o", "--output", metavar="FILE", type=nonempty, help="where to write; default: standard output")
 
 
@@ -574,45 +484,19 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
     preset = BenchOptions()
 
     model = parser.add_argument_group("model")
-    add(
-        model,
-        "--model",
-        metavar="DIR|HUB_ID|tiny",
-        type=nonempty,
-        help="checkpoint to load (default: tiny); with --random the one whose config is taken (default: MiniMax-M3)",
-    )
-    add(
-        model,
-        "--random",
-        choices=RANDOM,
-        metavar="FORMAT",
-        help=f"no checkpoint: random weights in one of {', '.join(RANDOM)}",
-    )
+    add(model, "--model", metavar="DIR|HUB_ID|tiny", type=nonempty,
+        help="checkpoint to load (default: tiny); with --random the one whose config is taken (default: MiniMax-M3)")
+    add(model, "--random", choices=RANDOM, metavar="FORMAT",
+        help=f"no checkpoint: random weights in one of {', '.join(RANDOM)}")
     add(model, "--layers", metavar="N", type=whole(1), help="with --random: the model's first N layers only")
-    add(
-        model,
-        "--set",
-        metavar="FIELD=VALUE,...",
-        type=settings,
-        default=(),
-        help="with --random: other numbers than the config's, such as hidden_size=1024,moe_layer_freq=0111",
-    )
+    add(model, "--set", metavar="FIELD=VALUE,...", type=settings, default=(),
+        help="with --random: other numbers than the config's, such as hidden_size=1024,moe_layer_freq=0111")
 
     runs = parser.add_argument_group("runs")
-    add(
-        runs,
-        "--decode",
-        metavar="N,N,...",
-        type=counts,
-        help="contexts to decode at; default: 512,16384,32768, as far as the model goes",
-    )
-    add(
-        runs,
-        "--prefill",
-        metavar="N,N,...",
-        type=counts,
-        help="prompts to prefill; default: 2048,8192, as far as the model goes",
-    )
+    add(runs, "--decode", metavar="N,N,...", type=counts,
+        help="contexts to decode at; default: 512,16384,32768, as far as the model goes")
+    add(runs, "--prefill", metavar="N,N,...", type=counts,
+        help="prompts to prefill; default: 2048,8192, as far as the model goes")
     add(runs, "--chunk-at", metavar="N,N,...", type=counts, default=(), help="depths at which to prefill one chunk")
     add(runs, "--chunk", metavar="N", type=whole(1), default=preset.chunk, help="tokens of the chunk at --chunk-at")
     add_prefill_chunk(runs)
@@ -635,22 +519,11 @@ def add_links(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(call=partial(bench_links, parser))
     preset = LinksOptions()
     add_ranks(parser)
-    parser.add_argument(
-        "--sizes",
-        metavar="SIZE,SIZE,...",
-        type=sizes,
-        default=preset.sizes,
+    parser.add_argument("--sizes", metavar="SIZE,SIZE,...", type=sizes, default=preset.sizes,
         help="what each rank gives, in bytes or as 12KiB or 1MiB; default: 4 to 16MiB by fours, and 12KiB, "
-        "which MiniMax-M3 sums in decode",
-    )
-    add(
-        parser,
-        "--repeats",
-        metavar="N",
-        type=whole(1),
-        default=preset.repeats,
-        help="runs for each figure; of slow ones fewer",
-    )
+        "which MiniMax-M3 sums in decode")
+    add(parser, "--repeats", metavar="N", type=whole(1), default=preset.repeats,
+        help="runs for each figure; of slow ones fewer")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
 
 
@@ -658,25 +531,12 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
     parser.description = "What each machine would hold and read. Loads no weights."
     parser.set_defaults(call=partial(plan, parser))
     add = parser.add_argument
-    add(
-        "--model",
-        metavar="ID_OR_DIR",
-        type=nonempty,
-        default="MiniMaxAI/MiniMax-M3",
-        help="hub id or directory (default: %(default)s)",
-    )
-    add(
-        "--experts",
-        choices=EXPERTS,
-        default=EXPERTS[0],
-        help="cut each routed expert by columns, or give each rank whole experts (default: %(default)s)",
-    )
-    add(
-        "--attention",
-        choices=ATTENTION,
-        default=ATTENTION[0],
-        help="share the heads out, or give each rank all of them (default: %(default)s)",
-    )
+    add("--model", metavar="ID_OR_DIR", type=nonempty, default="MiniMaxAI/MiniMax-M3",
+        help="hub id or directory (default: %(default)s)")
+    add("--experts", choices=EXPERTS, default=EXPERTS[0],
+        help="cut each routed expert by columns, or give each rank whole experts (default: %(default)s)")
+    add("--attention", choices=ATTENTION, default=ATTENTION[0],
+        help="share the heads out, or give each rank all of them (default: %(default)s)")
     add("--context", metavar="N", type=whole(1), help="tokens of context to make room for")
     add("--json", action="store_true", help="print one JSON object")
 
@@ -703,18 +563,10 @@ def add_predict(parser: argparse.ArgumentParser) -> None:
     add("--mac", choices=MACS, help="which Mac (default: m3-ultra)")
     add("--link", choices=LINKS, help="how they are connected (default: every way in turn)")
     add("--prompt-tokens", metavar="N", type=whole(1), help="prompt that is prefilled (default: 8192)")
-    add(
-        "--prefill-chunk",
-        metavar="N",
-        type=whole(1),
-        help=f"tokens of it computed at a time (default: {GPU_PREFILL_CHUNK}, or the bench's)",
-    )
-    add(
-        "--from-bench",
-        metavar="FILE",
-        type=nonempty,
-        help="what m3dist bench --json measured, instead of a Mac; also checks the prediction against it",
-    )
+    add("--prefill-chunk", metavar="N", type=whole(1),
+        help=f"tokens of it computed at a time (default: {GPU_PREFILL_CHUNK}, or the bench's)")
+    add("--from-bench", metavar="FILE", type=nonempty,
+        help="what m3dist bench --json measured, instead of a Mac; also checks the prediction against it")
     add("--bandwidth", metavar="GB/S", type=positive, help="memory bandwidth that reading weights reaches")
     add("--flops", metavar="TFLOP/S", type=positive, help="arithmetic that products with many rows reach")
     add("--launch", metavar="US", type=positive, help="time a small kernel takes")
@@ -722,6 +574,7 @@ def add_predict(parser: argparse.ArgumentParser) -> None:
     add("--link-bandwidth", metavar="GB/S", type=positive, help="what a rank sends over --link")
 
 
+# fmt: on
 # ---------------------------------------------------------------------------------------------------------------------
 # Values: argparse types. argparse puts the flag's name before their errors.
 
@@ -755,6 +608,12 @@ def real(described: str, allowed: Callable[[float], bool]) -> Callable[[str], fl
         return value
 
     return parse
+
+
+def limit(name: str) -> Callable[[str], float]:
+    """A flag's number of seconds, as one of LIMITS."""
+    *_, least = LIMITS[name]
+    return real(bounds(least), lambda x: within_bounds(x, least))
 
 
 def counts(text: str) -> tuple[int, ...]:

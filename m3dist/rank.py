@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 
 from m3dist import metal
-from m3dist.checkpoint import resolve
+from m3dist.checkpoint import local, resolve
 from m3dist.cluster.claim import claim_addresses
 from m3dist.cluster.environment import Launch
 from m3dist.comm import Comm, all_ranks, check_same, connect, versions
@@ -23,11 +23,11 @@ from m3dist.model import Model
 from m3dist.options import CPU_PREFILL_CHUNK, GPU_PREFILL_CHUNK
 from m3dist.plan import Plan
 from m3dist.progress import LoadingBar, Progress
-from m3dist.watchdog import EXIT_PEER_LOST, Watchdog, end_process, seconds
+from m3dist.watchdog import EXIT_PEER_LOST, START, Watchdog, end_process, seconds
 
 # Seconds a rank may go without finishing anything, before it ends itself: until every rank has joined; and for loading
 # one tensor, one prefill chunk (two that take turns, on Macs) or one decode step (the first of which compiles kernels).
-START_LIMIT = seconds("M3DIST_START_LIMIT", 60.0)
+START_LIMIT = seconds(*START)
 STEP_LIMIT = seconds("M3DIST_STEP_LIMIT", 120.0)
 LOAD_LIMIT = seconds("M3DIST_LOAD_LIMIT", 1800.0)  # for the others, once a rank has loaded: their disks may be slower
 
@@ -105,7 +105,7 @@ def join(launch: Launch, model: str, watchdog: Watchdog) -> Comm:
 def find(model: str, comm: Comm, watchdog: Watchdog) -> Path:
     """The directory of a checkpoint, downloaded where --model names one of the hub."""
     # A first download takes hours.
-    watchdog.progress("download", STEP_LIMIT if os.path.isdir(model) or model == "tiny" else math.inf)
+    watchdog.progress("download", STEP_LIMIT if local(model) else math.inf)
     with all_ranks(comm):
         return resolve(model)
 

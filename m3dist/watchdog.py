@@ -19,6 +19,7 @@ EXIT_STALLED = 76  # nothing finished within the limit
 EXIT_UNREACHABLE = 77  # a host cannot be reached, or was lost
 EXIT_NOT_STARTED = 78  # a rank or a host did not start in time, or is not as it must be
 LONGEST = 1e7  # seconds that a limit may be: four months
+START = ("M3DIST_START_LIMIT", 60.0, 0.0)  # for `seconds`: until a rank has come up, and until all have met
 
 
 def end_process(code: int, message: str, abort: Callable[[int], None] | None = None) -> None:
@@ -46,10 +47,19 @@ def seconds(name: str, default: float, least: float = 0.0) -> float:
         value = float(text)
     except ValueError:
         value = 0.0
-    if not 0 < value <= LONGEST or value < least:
-        bound = f"{least:g} or more" if least else "more than 0"
-        raise M3Error(f"{name} must be a number of seconds, {bound}, at most {LONGEST:.0f}, not {text!r}")
+    if not within_bounds(value, least):
+        raise M3Error(f"{name} must be a number of seconds, {bounds(least)}, not {text!r}")
     return value
+
+
+def within_bounds(value: float, least: float) -> bool:
+    """Whether so many seconds are a limit."""
+    return 0 < value <= LONGEST and value >= least
+
+
+def bounds(least: float) -> str:
+    """Which numbers are, in words."""
+    return f"{f'{least:g} or more' if least else 'more than 0'}, at most {LONGEST:.0f}"
 
 
 class Watchdog:

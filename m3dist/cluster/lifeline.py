@@ -9,7 +9,7 @@ import shutil
 import threading
 
 from m3dist.status import inherited, own_page
-from m3dist.watchdog import EXIT_PEER_LOST, seconds
+from m3dist.watchdog import EXIT_PEER_LOST, START, seconds
 
 LIFELINE = "M3DIST_LIFELINE"
 
@@ -21,7 +21,7 @@ def watch() -> None:
         return
     threading.Thread(target=_end_with_agent, args=(lifeline,), name="lifeline", daemon=True).start()
     if page := own_page():
-        page.write("start", seconds("M3DIST_START_LIMIT", 60.0))
+        page.write("start", seconds(*START))
 
 
 def _end_with_agent(lifeline: int) -> None:

@@ -35,12 +35,11 @@ OPTIONS = {
     "PermitLocalCommand": "no",
     "LogLevel": "ERROR",
 }
-# Runs the module that is its first argument, as `python -m` would, but not out of the folder where it happens to be: a
-# checkout lies in somebody's home, where ssh starts us, and its folder m3dist is not the package. No quotes: see START.
-RUN_MODULE = (
-    "import sys; sys.path = [path for path in sys.path if path]; "
-    "import runpy; runpy.run_module(sys.argv.pop(1), None, __name__, True)"
-)
+# How a program of `python -c` begins that shall not import out of the folder where it happens to be: a checkout lies in
+# somebody's home, where ssh starts us, and its folder m3dist is not the package.
+NOT_FROM_HERE = "import sys; sys.path = [path for path in sys.path if path]; "
+# Runs the module that is its first argument, as `python -m` would elsewhere. No quotes: see START.
+RUN_MODULE = f"{NOT_FROM_HERE}import runpy; runpy.run_module(sys.argv.pop(1), None, __name__, True)"
 # sh reads its line byte by byte and leaves the rest of standard input to Python. No ', ! or \, which shells differ on.
 START = (
     "/bin/sh -c 'IFS= read -r python; "

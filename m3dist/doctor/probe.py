@@ -31,7 +31,7 @@ from typing import Any
 from m3dist.cluster.agent import about, working_directory
 from m3dist.cluster.channel import Channel, ChannelClosed, Message
 from m3dist.cluster.environment import LaunchError
-from m3dist.cluster.ssh import channel_to_launcher
+from m3dist.cluster.ssh import NOT_FROM_HERE, channel_to_launcher
 from m3dist.doctor import link
 from m3dist.libmpi import mpi_library
 
@@ -46,8 +46,6 @@ SYSTEM = ("/usr/sbin", "/sbin")  # where some of the commands are, which ssh doe
 
 # MLX can abort a process, and takes its time: it is asked in one of its own. Its MPI library is named as for a rank.
 MLX = """
-import sys
-sys.path = [path for path in sys.path if path]  # not this folder's modules
 import json
 import mlx.core as mx
 available = mx.distributed.is_available
@@ -129,7 +127,9 @@ def describe(
         problem = str(error)
     commands = {**COMMANDS.get(sys.platform, {}), **ANYWHERE}
     with ThreadPoolExecutor(len(commands) + 1) as pool:
-        mlx = pool.submit(run, [sys.executable, "-c", MLX], {"MLX_MPI_LIBNAME": mpi_library(), **environ})
+        mlx = pool.submit(
+            run, [sys.executable, "-c", NOT_FROM_HERE + MLX], {"MLX_MPI_LIBNAME": mpi_library(), **environ}
+        )
         outputs = dict(zip(commands, pool.map(run, commands.values()))) | {"mlx": mlx.result()}
     return {
         "platform": sys.platform,

@@ -15,6 +15,7 @@ REPOSITORY = str(Path(__file__).parents[2])
 SILENT = "10.83.0.250"  # packets to it vanish: a machine that is switched off, a firewall
 REFUSING = "10.83.0.254"  # nothing listens there: connections are refused
 NOBODY = "lladdr 02:00:00:00:00:01 dev eth0 nud permanent"  # for ip neigh: where packets to an address vanish
+ODD = """it's a "folder"; $HOME `id` \\ *"""
 SHELLS = ["/bin/sh", "/bin/bash", "/bin/zsh", "/bin/dash", "/bin/ksh", "/bin/tcsh", "/usr/bin/fish"]  # where installed
 READ_AT_LOGIN = (".profile", ".bash_profile", ".bashrc", ".zshenv", ".tcshrc", ".config/fish/config.fish", ".ssh/rc")
 
@@ -55,6 +56,14 @@ class Spec:
         """The interpreter that finds the host's m3dist."""
         scripted = self.python or self.repository or self.version
         return f"{self.home}/{self.python or 'bin'}/python" if scripted else sys.executable
+
+
+FOUR = (  # hosts that differ in all that may
+    Spec(),
+    Spec(user="ann", shell="/bin/bash", port=2222, python=ODD, cwd=f"{ODD} too", noise="echo Welcome"),
+    Spec(user="bob", repository=ODD),
+    Spec(version="0.0.9"),
+)
 
 
 def name_of(i: int) -> str:

@@ -6,16 +6,9 @@ from subprocess import PIPE, CompletedProcess
 
 import pytest
 from network import Network
-from spec import REFUSING, SILENT, Spec
+from spec import FOUR, REFUSING, SILENT, Spec
 
-ODD = """it's a "folder"; $HOME `id` \\ *"""
-SPECS = (
-    Spec(),
-    Spec(user="ann", shell="/bin/bash", port=2222, python=ODD, cwd=f"{ODD} too", noise="echo Welcome"),
-    Spec(user="bob", repository=ODD),
-    Spec(version="0.0.9"),
-    Spec(),
-)
+SPECS = (*FOUR, Spec())
 LIMIT = 30.0  # seconds
 
 

@@ -17,19 +17,13 @@ from subprocess import PIPE
 import pytest
 from network import HostProcess, Network
 from outcome import Outcome
-from spec import REFUSING, SILENT, Spec, installed_shells
+from spec import FOUR, ODD, REFUSING, SILENT, Spec, installed_shells
 
 from m3dist import __version__
 from m3dist.tiny import DEMO_ANSWER, DEMO_PROMPT
 from m3dist.watchdog import EXIT_NOT_STARTED, EXIT_STALLED, EXIT_UNREACHABLE
 
-ODD = """it's a "folder"; $HOME `id` \\ *"""
-SPECS = (
-    Spec(),
-    Spec(user="ann", shell="/bin/bash", port=2222, python=ODD, cwd=f"{ODD} too", noise="echo Welcome"),
-    Spec(user="bob", repository=ODD),
-    Spec(version="0.0.9"),
-)
+SPECS = FOUR
 BACKENDS = ["ring", pytest.param("mpi", marks=pytest.mark.mpi)]
 ANSWER = ["--model", "tiny", "--temperature", "0", "--prompt", DEMO_PROMPT]
 ENDLESS = ["--model", "tiny", "--temperature", "0", "--raw", "--prompt", "the", "--max-tokens", "1000000"]

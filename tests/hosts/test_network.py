@@ -13,15 +13,9 @@ from pathlib import Path
 
 import pytest
 from network import Network
-from spec import REFUSING, REPOSITORY, SILENT, Spec, installed_shells
+from spec import FOUR, ODD, REFUSING, REPOSITORY, SILENT, Spec, installed_shells
 
-ODD = """it's a "folder"; $HOME `id` \\ *"""
-SPECS = (
-    Spec(),
-    Spec(user="ann", shell="/bin/bash", port=2222, python=ODD, cwd=f"{ODD} too", noise="echo Welcome"),
-    Spec(user="bob", repository=ODD),
-    Spec(version="0.0.9"),
-)
+SPECS = FOUR
 SSH = ["ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=1"]
 
 ECHO = """

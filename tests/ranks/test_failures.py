@@ -140,24 +140,23 @@ def test_the_system_kills_a_rank_for_want_of_memory(tmp_path, backend, small_gro
 EARLY = r"^m3dist: rank 1 ended early \(exit code 0\) and rank 0 still needed it"
 
 
+def check_an_early_end(folder: Path, backend: str, fault: str, what: str) -> None:
+    mpi = backend == "mpi"
+    with started(faulty(folder, backend, fault, M3DIST_STEP_LIMIT="2")) as trial:
+        trial.wait_for_ranks()
+        trial.check(what, trial.strike(), 2.0 * mpi, status=76 if mpi else 75, line=EARLY)
+
+
 @both_backends
 def test_a_rank_ends_too_early(folder, backend):
     """Over MPI nobody notices before the deadline; over the ring the others lose it."""
-    mpi = backend == "mpi"
-    with started(faulty(folder, backend, "exit 0", M3DIST_STEP_LIMIT="2")) as trial:
-        trial.wait_for_ranks()
-        what, status = "rank 1 ends too early, exit code 0", 76 if mpi else 75
-        trial.check(what, trial.strike(), 2.0 * mpi, status=status, line=EARLY)
+    check_an_early_end(folder, backend, "exit 0", "rank 1 ends too early, exit code 0")
 
 
 @both_backends
 def test_a_rank_returns_too_early(folder, backend):
     """Over MPI it waits in MPI_Finalize for the others, which wait for it."""
-    mpi = backend == "mpi"
-    with started(faulty(folder, backend, "return", M3DIST_STEP_LIMIT="2")) as trial:
-        trial.wait_for_ranks()
-        what, status = "rank 1's program returns too early", 76 if mpi else 75
-        trial.check(what, trial.strike(), 2.0 * mpi, status=status, line=EARLY)
+    check_an_early_end(folder, backend, "return", "rank 1's program returns too early")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from memory import peak
 from reference.ours import build
 
 from m3dist.model import ModelArgs, cpu, products
@@ -155,15 +156,6 @@ def test_blocks_of_a_given_size_are_no_more_than_needed(owners):
     assert blocks.source.size == 8 * blocks.owner.size
     for pair, place in enumerate(blocks.place.tolist()):
         assert blocks.source[place] == pair and blocks.owner[place // 8] == owners[pair]
-
-
-def peak(run) -> int:
-    """Bytes that `run` takes at most, above what was held before."""
-    mx.clear_cache()
-    held = mx.get_active_memory()
-    mx.reset_peak_memory()
-    mx.eval(run())
-    return mx.get_peak_memory() - held
 
 
 @pytest.mark.parametrize("form", [None, (4, 64, "affine"), (8, 32, "mxfp8")], ids=str)

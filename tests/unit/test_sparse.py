@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from memory import peak
 
 from m3dist.model import ModelArgs
 from m3dist.model import sparse as module
@@ -140,15 +141,6 @@ def test_blocks_that_were_not_selected_are_never_read(queries):
     clean = attend_gathered(case.q, case.keys, case.values, *arguments)
     poisoned = attend_gathered(case.q, case.keys + poison, case.values + poison, *arguments)
     assert mx.array_equal(clean, poisoned)
-
-
-def peak(run) -> int:
-    """Bytes that evaluating what `run` returns takes at most, above what was held before."""
-    mx.clear_cache()
-    held = mx.get_active_memory()
-    mx.reset_peak_memory()
-    mx.eval(run())
-    return mx.get_peak_memory() - held
 
 
 def test_slices_are_gathered_one_after_another(monkeypatch):
