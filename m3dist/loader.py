@@ -4,7 +4,6 @@ MLX allocates every tensor; a few threads fill it through a numpy view of the sa
 its pages would count as the process's own.
 """
 
-import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,30 +15,22 @@ from threading import Lock
 import mlx.core as mx
 import numpy as np
 
-from m3dist.checkpoint import Checkpoint, StoredTensor, open_checkpoint
+from m3dist.checkpoint import Checkpoint, open_checkpoint
 from m3dist.comm import Comm, all_ranks, check_same
 from m3dist.errors import CheckpointError
 from m3dist.model import Model
+from m3dist.numbers import fill
 from m3dist.plan import Plan, plan_world
 from m3dist.progress import Progress, Report
 from m3dist.reads import Read, plan_reads
-from m3dist.tensors import FLOATS
-from m3dist.translation import FP8_BLOCK, Translation
+from m3dist.translation import Translation
 
 READERS = 4  # threads: one selects columns or casts while others wait for the disk
 QUEUED = 1024  # reads ahead of the oldest unfinished one, so that readers are busy while MLX allocates
 
 FLOAT_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
-# What holds a tensor's bits, by safetensors dtype: numpy has neither bf16 nor fp8.
+# numbers.HOLDERS in MLX.
 _MLX_HOLDERS = {"BF16": mx.uint16, "F16": mx.float16, "F32": mx.float32, "U8": mx.uint8, "U32": mx.uint32}
-_HOLDERS = {
-    "BF16": np.dtype(np.uint16),
-    "F16": np.dtype(np.float16),
-    "F32": np.dtype(np.float32),
-    "U8": np.dtype(np.uint8),
-    "U32": np.dtype(np.uint32),
-    "F8_E4M3": np.dtype(np.uint8),
-}
 
 
 def load(
@@ -92,9 +83,9 @@ def load_weights(
                 arrays[read.tensor] = mx.zeros(spec.shape, _MLX_HOLDERS[spec.dtype])
                 mx.eval(arrays[read.tensor])
                 rows = np.array(arrays[read.tensor], copy=False).reshape(-1, spec.shape[-1])
-            yield read, partial(_fill, read, rows[read.at : read.at + read.rows], spec.dtype, files)
+            yield read, partial(fill, read, rows[read.at : read.at + read.rows], spec.dtype, files)
 
-    with _Files() as files:
+    with _Files(checkpoint.directory) as files:
         for read in _run(jobs(files)):
             done += read.nbytes
             if progress:
@@ -124,15 +115,12 @@ def _run(jobs: Iterable[tuple[Read, Callable[[], None]]]) -> Iterator[Read]:
             pool.shutdown(cancel_futures=True)  # after a failure the rest is not worth reading
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# In a reader's thread: numpy only
-
-
 class _Files:
-    """Checkpoint files, opened when first read from; any thread may read."""
+    """The files of a directory, opened when first read from; any thread may read."""
 
-    def __init__(self) -> None:
-        self.opened: dict[Path, int] = {}
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.opened: dict[str, int] = {}
         self.lock = Lock()
 
     def __enter__(self) -> "_Files":
@@ -142,89 +130,25 @@ class _Files:
         for descriptor in self.opened.values():
             os.close(descriptor)
 
-    def read(self, tensor: StoredTensor, offset: int, into: np.ndarray) -> None:
-        """Fill a contiguous array from byte `offset` of a tensor's file."""
-        left = memoryview(into).cast("B")
+    def read(self, name: str, offset: int, into: memoryview) -> None:
+        """Fill `into` from byte `offset` of a file."""
         try:
-            descriptor = self._descriptor(tensor.file)
-            while left:
-                count = os.preadv(descriptor, [left], offset)
+            descriptor = self._descriptor(name)
+            while into:
+                count = os.preadv(descriptor, [into], offset)
                 if not count:
                     raise CheckpointError(
-                        f"{tensor.file}: {tensor.name}: the file now ends at byte {offset}, where it was longer when it"
+                        f"{self.directory / name}: the file now ends at byte {offset}, where it was longer when it"
                         " was opened; is something still writing it?"
                     )
-                left, offset = left[count:], offset + count
+                into, offset = into[count:], offset + count
         except OSError as error:
-            raise CheckpointError(f"{tensor.file}: {tensor.name}: {error}") from None
+            raise CheckpointError(f"{self.directory / name}: {error}") from None
 
-    def _descriptor(self, file: Path) -> int:
+    def _descriptor(self, name: str) -> int:
         with self.lock:
-            if file not in self.opened:
-                self.opened[file] = os.open(file, os.O_RDONLY)
+            if name not in self.opened:
+                self.opened[name] = os.open(self.directory / name, os.O_RDONLY)
                 if hasattr(os, "posix_fadvise"):  # reading ahead would fetch the rows of other ranks
-                    os.posix_fadvise(self.opened[file], 0, 0, os.POSIX_FADV_RANDOM)
-            return self.opened[file]
-
-
-def _fill(read: Read, target: np.ndarray, dtype: str, files: _Files) -> None:
-    """Carry out one read. `target` [rows, columns] holds a rank's tensor of safetensors type `dtype`."""
-    source = read.source
-    cast = dtype in FLOATS and source.dtype != dtype
-    if read.columns is None and not cast:
-        files.read(source, read.offset, target)
-        return
-    raw = np.empty((read.rows, read.row_bytes), np.uint8)
-    files.read(source, read.offset, raw)
-    values = raw.view(_HOLDERS[source.dtype if cast else dtype])
-    if read.scale:
-        values = _E4M3[values] * _multipliers(read, files)
-    first = 0
-    for start, stop in read.columns or ((0, values.shape[1]),):
-        kept = values[:, start:stop]
-        if cast:
-            kept = cast_floats(kept, "F32" if read.scale else source.dtype, dtype)
-        target[:, first : first + stop - start] = kept
-        first += stop - start
-
-
-def _multipliers(read: Read, files: _Files) -> np.ndarray:
-    """float32 [rows, columns]: what each FP8 value of a read is multiplied by."""
-    source, scale = read.source, read.scale
-    rows = np.arange(read.row, read.row + read.rows)
-    height = source.shape[-2]  # blocks start again with every matrix of a stack
-    block = rows // height * scale.shape[-2] + rows % height // FP8_BLOCK
-    first, count = block[0], block[-1] + 1 - block[0]
-    width = scale.nbytes // math.prod(scale.shape[:-1])
-    raw = np.empty((count, width), np.uint8)
-    files.read(scale, scale.offset + int(first) * width, raw)
-    multipliers = cast_floats(raw.view(_HOLDERS[scale.dtype]), scale.dtype, "F32")
-    return np.repeat(multipliers, FP8_BLOCK, axis=1)[block - first, : source.shape[-1]]
-
-
-def cast_floats(values: np.ndarray, source: str, target: str) -> np.ndarray:
-    """Floats of one safetensors type to another, to the nearest, ties to even: the numbers that mx.astype gives.
-
-    BF16 is held in uint16 on either side.
-    """
-    if source == target:
-        return values
-    wide = (values.astype(np.uint32) << 16).view(np.float32) if source == "BF16" else values.astype(np.float32)
-    if target == "BF16":
-        bits = wide.view(np.uint32)
-        rounded = ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
-        return np.where(np.isnan(wide), np.uint16(0x7FC0), rounded)
-    with np.errstate(over="ignore"):  # beyond float16 is infinity, there as here
-        return wide.astype(_HOLDERS[target])
-
-
-def _e4m3_values() -> np.ndarray:
-    """The number each F8_E4M3 byte means, as float32: 4 exponent bits (bias 7), 3 of mantissa, no infinity."""
-    code = np.arange(128)
-    exponent, mantissa = code >> 3, code & 7
-    values = np.where(exponent == 0, mantissa * 2.0**-9, (8 + mantissa) * 2.0 ** (exponent - 10))
-    values[127] = np.nan
-    return np.concatenate([values, -values]).astype(np.float32)
-
-
-_E4M3 = _e4m3_values()
+                    os.posix_fadvise(self.opened[name], 0, 0, os.POSIX_FADV_RANDOM)
+            return self.opened[name]

@@ -24,7 +24,7 @@ ORDER = [
     {"m3dist.layout", "m3dist.translation"},
     {"m3dist.checkpoint", "m3dist.plan"},
     {"m3dist.reads", "m3dist.comm", "m3dist.predict", "m3dist.plan_report"},
-    {"m3dist.cache", "m3dist.sample"},
+    {"m3dist.cache", "m3dist.numbers", "m3dist.sample"},
     {"m3dist.model"},
     {"m3dist.loader", "m3dist.engine", "m3dist.text", "m3dist.cluster"},
     {"m3dist.rank", "m3dist.doctor"},

@@ -20,8 +20,9 @@ from m3dist.checkpoint import Checkpoint, StoredTensor, open_checkpoint
 from m3dist.comm import Comm
 from m3dist.errors import CheckpointError, CommunicationError, PlanError
 from m3dist.layout import COLUMNS
-from m3dist.loader import cast_floats, load, load_weights
+from m3dist.loader import load, load_weights
 from m3dist.model import Model, ModelArgs
+from m3dist.numbers import cast_floats, fill
 from m3dist.plan import make_plan
 from m3dist.progress import LoadingBar, Progress
 from m3dist.reads import LARGEST, Read, plan_reads
@@ -256,14 +257,16 @@ def test_short_reads_are_continued(written, monkeypatch):
 
 def test_blocks_start_again_with_every_matrix_of_a_stack(tmp_path):
     scale = np.arange(12, dtype=np.float32).reshape(3, 2, 2)
-    (tmp_path / "file").write_bytes(scale.tobytes())
-    source = StoredTensor(tmp_path / "file", "weight", (3, 200, 130), "F8_E4M3", 0, 3 * 200 * 130)
+    ones = b"\x38" * (3 * 200 * 130)  # E4M3
+    (tmp_path / "file").write_bytes(scale.tobytes() + ones)
+    source = StoredTensor(tmp_path / "file", "weight", (3, 200, 130), "F8_E4M3", scale.nbytes, len(ones))
     stored = StoredTensor(tmp_path / "file", "scale", scale.shape, "F32", 0, scale.nbytes)
     wanted = np.repeat(np.repeat(scale, 128, axis=1), 128, axis=2)[:, :200, :130].reshape(600, 130)
-    with loader._Files() as files:
+    with loader._Files(tmp_path) as files:
         for row, rows in ((0, 600), (150, 100), (350, 200)):
-            read = Read("weight", source, row, rows, 0, None, stored)
-            assert np.array_equal(loader._multipliers(read, files), wanted[row : row + rows])
+            got = np.empty((rows, 130), np.float32)
+            fill(Read("weight", source, row, rows, 0, None, stored), got, "F32", files)
+            assert np.array_equal(got, wanted[row : row + rows])
 
 
 def test_sanitize_minds_the_dtypes_of_its_own_tensors_alone():
@@ -288,13 +291,15 @@ def copied(written, tmp_path):
 def test_file_cut_short_after_it_was_opened(copied):
     file = copied.directory / "model-00002-of-00003.safetensors"
     os.truncate(file, file.stat().st_size // 2)
-    with pytest.raises(CheckpointError, match=r"model-00002-of-00003.safetensors: .*: the file now ends at byte \d+"):
+    with pytest.raises(
+        CheckpointError, match=r"layers.*model-00002.*: the file now ends at byte \d+"
+    ):
         load_rank(copied)
 
 
 def test_file_gone_after_it_was_opened(copied):
     (copied.directory / "model-00002-of-00003.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="model-00002-of-00003.safetensors: .*No such file"):
+    with pytest.raises(CheckpointError, match="layers.*model-00002-of-00003.safetensors: .*No such file"):
         load_rank(copied)
 
 
