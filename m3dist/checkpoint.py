@@ -1,4 +1,4 @@
-"""A checkpoint on disk: safetensors headers and their index, read and distrusted. Tensor data is the loader's.
+"""A checkpoint's files: safetensors headers and their index, read and distrusted. Tensor data is the loader's.
 
 Files come from anywhere, so nothing in them is believed; every error names the file and, if there is one, the tensor.
 What the tensors mean is m3dist.translation's.
@@ -10,18 +10,105 @@ import os
 import re
 import reprlib
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from threading import Lock
+from typing import Any, Protocol
 
-from m3dist.config import ModelConfig, read_config
-from m3dist.errors import CheckpointError
+from m3dist.config import CONFIG, ModelConfig, parse_config
+from m3dist.errors import CheckpointError, ConfigError
 from m3dist.tensors import BYTES
 from m3dist.translation import TensorError, Translation, translate
 
 INDEX = "model.safetensors.index.json"
-LARGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors library
+LARGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors library, and ours for an index and a config too
+LARGEST_READ = 1 << 30  # bytes; macOS refuses reads of 2 GiB
+HEADERS_AT_ONCE = 8  # a hub answers in tens of milliseconds, however little is asked of it
 HUB_FILES = ("*.json", "*.jinja", "*.safetensors", "tokenizer*", "*.txt")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Where files are
+
+
+class Files(Protocol):
+    """Where a checkpoint's files are: a directory, or a hub's repository at one commit. Any thread may read."""
+
+    @property
+    def root(self) -> Path:
+        """What errors name, and a StoredTensor's `file` lies in: `root` / name."""
+
+    def sizes(self) -> Mapping[str, int]:
+        """Every file's plain name -> its bytes. Raises CheckpointError."""
+
+    def read(self, name: str, offset: int, into: memoryview) -> None:
+        """Fill all of `into`, contiguous, from byte `offset` of a file, or raise CheckpointError naming the file."""
+
+
+class Folder:
+    """The files of a directory, each opened when it is first read from, and closed by `with`."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._opened: dict[str, int] = {}
+        self._lock = Lock()
+
+    def __enter__(self) -> "Folder":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for descriptor in self._opened.values():
+            os.close(descriptor)
+
+    def sizes(self) -> dict[str, int]:
+        """File name -> bytes; nothing for a directory that is not there.
+
+        Hidden files are left out: macOS leaves ._model.safetensors beside files on foreign disks.
+        """
+        try:
+            found = [path for path in self.root.iterdir() if not path.name.startswith(".")]
+        except (FileNotFoundError, NotADirectoryError):
+            return {}
+        except OSError as error:
+            raise CheckpointError(f"{self.root}: {error}") from None
+        return {path.name: path.stat().st_size for path in found if path.is_file()}
+
+    def read(self, name: str, offset: int, into: memoryview) -> None:
+        left = memoryview(into).cast("B")
+        try:
+            descriptor = self._descriptor(name)
+            while left:
+                count = os.preadv(descriptor, [left[:LARGEST_READ]], offset)
+                if not count:
+                    raise CheckpointError(
+                        f"{self.root / name}: the file now ends at byte {offset}, where it was longer when it was"
+                        " opened; is something still writing it?"
+                    )
+                left, offset = left[count:], offset + count
+        except OSError as error:
+            raise CheckpointError(f"{self.root / name}: {error}") from None
+
+    def _descriptor(self, name: str) -> int:
+        with self._lock:
+            if name not in self._opened:
+                self._opened[name] = os.open(self.root / name, os.O_RDONLY)
+                if hasattr(os, "posix_fadvise"):  # reading ahead would fetch the rows of other ranks
+                    os.posix_fadvise(self._opened[name], 0, 0, os.POSIX_FADV_RANDOM)
+            return self._opened[name]
+
+
+def read_small(files: Files, name: str, size: int) -> bytes:
+    """A whole file of `size` bytes, one of JSON or text. Raises CheckpointError, also where it is too large for one."""
+    if size > LARGEST_HEADER:
+        raise CheckpointError(f"{files.root / name}: {size} bytes are too many; at most {LARGEST_HEADER} are read")
+    data = bytearray(size)
+    files.read(name, 0, memoryview(data))
+    return bytes(data)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints
 
 
 @dataclass(frozen=True)
@@ -38,7 +125,7 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A directory with a config.json and safetensors files, opened: every tensor located, none read."""
+    """A config.json and safetensors files, opened: every tensor located, none read. `directory` is the files' root."""
 
     directory: Path
     config: ModelConfig
@@ -59,38 +146,62 @@ class Checkpoint:
         except CheckpointError as error:
             raise CheckpointError(f"{self.directory}: {error}") from None
 
+    def to_json(self) -> str:
+        """For another process, so that one alone reads the headers: `from_json` makes an equal Checkpoint of it."""
+        files: dict[str, list[list[Any]]] = {}
+        for t in self.stored.values():
+            files.setdefault(t.file.name, []).append([t.name, t.shape, t.dtype, t.offset, t.nbytes])
+        whole = {"directory": str(self.directory), "config": self.raw_config, "files": files}
+        return json.dumps(whole, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> "Checkpoint":
+        """What `to_json` wrote, by another process of this job: it is believed."""
+        whole = json.loads(text)
+        directory, config = Path(whole["directory"]), whole["config"]
+        stored = {
+            name: StoredTensor(directory / file, name, tuple(shape), dtype, offset, nbytes)
+            for file, tensors in whole["files"].items()
+            for name, shape, dtype, offset, nbytes in tensors
+        }
+        return cls(directory, ModelConfig.from_dict(config), config, stored)
+
 
 def open_checkpoint(directory: Path) -> Checkpoint:
     """Read config.json and every safetensors header. Raises ConfigError or CheckpointError naming the file."""
-    raw_config = read_config(directory)
+    with Folder(directory) as files:
+        return open_files(files)
+
+
+def open_files(files: Files) -> Checkpoint:
+    """`open_checkpoint` of files that may lie elsewhere. Of a hub's no byte is read but these files' and headers'."""
+    sizes = files.sizes()
+    if CONFIG not in sizes:
+        raise ConfigError(f"{files.root / CONFIG} does not exist: is {files.root} a checkpoint directory?")
+    raw_config = parse_config(files.root / CONFIG, read_small(files, CONFIG, sizes[CONFIG]))
     config = ModelConfig.from_dict(raw_config)
-    index = _read_index(directory)
-    # [!.]: macOS leaves ._model.safetensors beside files on foreign disks
-    files = sorted(set(index.values()) or {path.name for path in directory.glob("[!.]*.safetensors")})
-    if not files:
-        raise CheckpointError(f"{directory} holds no *.safetensors: the weights are not there")
+    index = _read_index(files, sizes)
+    names = sorted(set(index.values()) or {name for name in sizes if name.endswith(".safetensors")})
+    if not names:
+        raise CheckpointError(f"{files.root} holds no *.safetensors: the weights are not there")
     stored: dict[str, StoredTensor] = {}
-    for file in files:
-        for name, tensor in read_header(directory / file).items():
+    for header in _read_headers(files, {name: sizes[name] for name in names}):
+        for name, tensor in header.items():
             if name in stored:
                 raise CheckpointError(f"{name} is in two files, {stored[name].file} and {tensor.file}; one must go")
             stored[name] = tensor
     for name, file in index.items():
         if name not in stored or stored[name].file.name != file:
-            raise CheckpointError(f"{directory / INDEX}: {name} should be in {file}, which does not hold it")
-    return Checkpoint(directory, config, raw_config, stored)
+            raise CheckpointError(f"{files.root / INDEX}: {name} should be in {file}, which does not hold it")
+    return Checkpoint(files.root, config, raw_config, stored)
 
 
-def _read_index(directory: Path) -> dict[str, str]:
-    """Tensor name -> file name in `directory`; empty where there is no index."""
-    path = directory / INDEX
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
+def _read_index(files: Files, sizes: Mapping[str, int]) -> dict[str, str]:
+    """Tensor name -> file name, one of `sizes`; empty where there is no index."""
+    if INDEX not in sizes:
         return {}
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error}") from None
-    weight_map = _parse_object(path, data).get("weight_map")
+    path = files.root / INDEX
+    weight_map = _parse_object(path, read_small(files, INDEX, sizes[INDEX])).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path}: weight_map must be an object that gives each tensor's file")
     for name, file in weight_map.items():
@@ -99,13 +210,22 @@ def _read_index(directory: Path) -> dict[str, str]:
             raise CheckpointError(
                 f"{path}: {reprlib.repr(name)} is in {reprlib.repr(file)}, which is no plain *.safetensors file name"
             )
-    missing = sorted({file for file in weight_map.values() if not (directory / file).is_file()})
+    missing = sorted(set(weight_map.values()) - sizes.keys())
     if missing:
         total = len(set(weight_map.values()))
         raise CheckpointError(
             f"{path}: {len(missing)} of its {total} files are missing, {missing[0]} first; is the download complete?"
         )
     return weight_map
+
+
+def _read_headers(files: Files, sizes: Mapping[str, int]) -> list[dict[str, StoredTensor]]:
+    """The headers of safetensors files, in order. Raises CheckpointError of the first that breaks the format."""
+    with ThreadPoolExecutor(HEADERS_AT_ONCE) as pool:
+        try:
+            return list(pool.map(lambda name: _read_header(files, name, sizes[name]), sizes))
+        finally:
+            pool.shutdown(cancel_futures=True)  # after a failure the rest is not worth reading
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -115,19 +235,26 @@ def _read_index(directory: Path) -> dict[str, str]:
 def read_header(path: Path) -> dict[str, StoredTensor]:
     """Every tensor of a safetensors file, by name. Raises CheckpointError for a file that breaks the format."""
     try:
-        with open(path, "rb") as file:
-            size = file.seek(0, 2)
-            file.seek(0)
-            first = file.read(8)
-            length = int.from_bytes(first, "little")
-            if size < 8:
-                raise CheckpointError(f"{path}: {size} bytes are too few for a safetensors file")
-            if length > min(size - 8, LARGEST_HEADER):
-                hint = "; this is a git-lfs pointer, run `git lfs pull`" if first == b"version " else ""
-                raise CheckpointError(f"{path}: says its header has {length} bytes; the file has {size}{hint}")
-            data = file.read(length)
+        size = path.stat().st_size
     except OSError as error:
         raise CheckpointError(f"{path}: {error}") from None
+    with Folder(path.parent) as files:
+        return _read_header(files, path.name, size)
+
+
+def _read_header(files: Files, name: str, size: int) -> dict[str, StoredTensor]:
+    """`read_header` of one of `files`, of `size` bytes. A length that cannot be is refused before it is asked for."""
+    path = files.root / name
+    if size < 8:
+        raise CheckpointError(f"{path}: {size} bytes are too few for a safetensors file")
+    first = bytearray(8)
+    files.read(name, 0, memoryview(first))
+    length = int.from_bytes(first, "little")
+    if length > min(size - 8, LARGEST_HEADER):
+        hint = "; this is a git-lfs pointer, run `git lfs pull`" if first == b"version " else ""
+        raise CheckpointError(f"{path}: says its header has {length} bytes; the file has {size}{hint}")
+    data = bytearray(length)
+    files.read(name, 8, memoryview(data))
     header = _parse_object(path, data)
     if not isinstance(header.pop("__metadata__", None), dict | None):  # mx.save_safetensors writes null
         raise CheckpointError(f"{path}: __metadata__ must be an object")
@@ -137,7 +264,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _parse_object(path: Path, data: bytes) -> dict[str, Any]:
+def _parse_object(path: Path, data: bytes | bytearray) -> dict[str, Any]:
     """A JSON object without a key given twice."""
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:

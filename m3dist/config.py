@@ -13,6 +13,7 @@ from typing import Any
 
 from m3dist.errors import ConfigError
 
+CONFIG = "config.json"
 MODEL_TYPES = ("minimax_m3_vl", "minimax_m3_vl_text", "minimax_m3_text", "minimax_m3")
 
 
@@ -111,12 +112,20 @@ class ModelConfig:
 
 def read_config(directory: Path) -> dict[str, Any]:
     """The JSON object in `directory`/config.json. Raises ConfigError naming the file."""
-    path = directory / "config.json"
+    path = directory / CONFIG
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        return parse_config(path, path.read_bytes())
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist: is {directory} a checkpoint directory?") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except OSError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def parse_config(path: Path, data: bytes) -> dict[str, Any]:
+    """The JSON object in the bytes of a config.json, which `path` names in errors. Raises ConfigError."""
+    try:
+        config = json.loads(data.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: {error}") from None
     if not isinstance(config, dict):
         raise ConfigError(f"{path} must hold a JSON object, not {type(config).__name__}")

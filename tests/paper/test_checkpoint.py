@@ -1,8 +1,11 @@
 """Checkpoints on paper: hostile files, and every layout translated to the same tensors. Needs no MLX."""
 
 import json
+import os
 import re
+import threading
 import time
+from collections import Counter
 from unittest.mock import Mock
 
 import checkpoints
@@ -13,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from m3dist import tiny
-from m3dist.checkpoint import INDEX, open_checkpoint, read_header, resolve
+from m3dist.checkpoint import INDEX, Checkpoint, Folder, open_checkpoint, open_files, read_header, resolve
 from m3dist.config import ModelConfig
-from m3dist.errors import CheckpointError
+from m3dist.errors import CheckpointError, ConfigError
 from m3dist.tensors import BYTES
 from m3dist.translation import TensorError, translate
 
@@ -236,6 +239,70 @@ def test_tensor_in_two_files(sharded):
     (sharded / "copy.safetensors").write_bytes((sharded / "model-00001-of-00003.safetensors").read_bytes())
     with pytest.raises(CheckpointError, match=r"embed_tokens.weight is in two files, .*copy.* and .*model-00001"):
         open_checkpoint(sharded)
+
+
+def test_what_opening_reads(sharded):
+    """The config, the index and the headers, each byte once: on a hub every one costs."""
+
+    class Counted(Folder):
+        read_bytes = Counter()
+
+        def read(self, name, offset, into):
+            self.read_bytes[name] += len(into)
+            super().read(name, offset, into)
+
+    with Counted(sharded) as files:
+        checkpoint = open_files(files)
+        sizes = files.sizes()
+    headers = {name: sizes[name] for name in ("config.json", INDEX)}
+    for tensor in checkpoint.stored.values():
+        headers[tensor.file.name] = min(tensor.offset, headers.get(tensor.file.name, tensor.offset))
+    assert files.read_bytes == headers
+
+
+def test_one_process_opens_for_another(sharded):
+    checkpoint = open_checkpoint(sharded)
+    again = Checkpoint.from_json(checkpoint.to_json())
+    assert again == checkpoint and list(again.stored) == list(checkpoint.stored)
+
+
+@pytest.mark.parametrize("name", ["config.json", INDEX])
+def test_a_small_file_that_is_large(sharded, name):
+    os.truncate(sharded / name, 10**12)
+    with pytest.raises(CheckpointError, match=f"{name}: 1000000000000 bytes are too many"):
+        open_checkpoint(sharded)
+
+
+def test_no_directory(sharded):
+    for directory in (sharded / "none", sharded / "config.json"):
+        with pytest.raises(ConfigError, match="config.json does not exist: is .* a checkpoint directory"):
+            open_checkpoint(directory)
+
+
+def test_a_folder_is_read_by_several_threads_and_closed(tmp_path):
+    content = np.random.default_rng(0).bytes(1 << 20)
+    (tmp_path / "a").write_bytes(content)
+    (tmp_path / ".hidden").touch()
+    (tmp_path / "directory").mkdir()
+    (tmp_path / "dangling").symlink_to("nowhere")
+    (tmp_path / "link").symlink_to("a")
+    parts = [bytearray(1 << 17) for _ in range(8)]
+    opened = len(os.listdir("/dev/fd"))
+    with Folder(tmp_path) as files:
+        assert files.sizes() == {"a": 1 << 20, "link": 1 << 20}
+        threads = [
+            threading.Thread(target=files.read, args=("a", i << 17, memoryview(part))) for i, part in enumerate(parts)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        with pytest.raises(CheckpointError, match="a: the file now ends at byte 1048576, where it was longer"):
+            files.read("a", (1 << 20) - 3, memoryview(bytearray(4)))
+        with pytest.raises(CheckpointError, match="gone: .*No such file"):
+            files.read("gone", 0, memoryview(bytearray(1)))
+    assert b"".join(parts) == content
+    assert len(os.listdir("/dev/fd")) == opened
 
 
 def test_no_weights(sharded):
