@@ -47,10 +47,13 @@ class Files(Protocol):
 
 
 class Folder:
-    """The files of a directory, each opened when it is first read from, and closed by `with`."""
+    """The files of a directory, each opened when it is first read from, and closed by `with`.
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    `ahead`: whether the system may read ahead of what is asked for, which is no use where only pieces are.
+    """
+
+    def __init__(self, root: Path, ahead: bool = False) -> None:
+        self.root, self.ahead = root, ahead
         self._opened: dict[str, int] = {}
         self._lock = Lock()
 
@@ -93,8 +96,9 @@ class Folder:
         with self._lock:
             if name not in self._opened:
                 self._opened[name] = os.open(self.root / name, os.O_RDONLY)
-                if hasattr(os, "posix_fadvise"):  # reading ahead would fetch the rows of other ranks
-                    os.posix_fadvise(self._opened[name], 0, 0, os.POSIX_FADV_RANDOM)
+                if hasattr(os, "posix_fadvise"):
+                    advice = os.POSIX_FADV_SEQUENTIAL if self.ahead else os.POSIX_FADV_RANDOM
+                    os.posix_fadvise(self._opened[name], 0, 0, advice)
             return self._opened[name]
 
 
