@@ -12,8 +12,9 @@ from m3dist.errors import PlanError
 from m3dist.machines import Link, Machine
 from m3dist.options import MAX_RANKS
 from m3dist.plan import Plan, make_plan
-from m3dist.plan_report import converted, inventory_of
+from m3dist.plan_report import inventory_of
 from m3dist.predict import Predictor
+from m3dist.quantization import converted
 from m3dist.tensors import Inventory
 
 

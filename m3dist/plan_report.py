@@ -13,13 +13,13 @@ from m3dist.config import ModelConfig, read_config
 from m3dist.errors import PlanError
 from m3dist.layout import kv_heads, query_heads
 from m3dist.plan import Plan, make_plan
-from m3dist.tensors import MXFP8, Inventory, Quantization, modules
+from m3dist.quantization import converted, quantization_of
+from m3dist.tensors import MXFP8, Inventory, modules
 
 PUBLISHED = Path(__file__).parent / "published"
 GIB = 2**30
 # A Mac's memory as sold (512 GB are 512 GiB), less what macOS, activations and MLX's buffer cache need.
 RESERVE_GIB = 10.0
-DEFAULTS = {"affine": (4, 64), "mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}
 
 
 @dataclass(frozen=True)
@@ -89,29 +89,6 @@ def inventory_of(model: str, mode: str | None, bits: int | None, group_size: int
     if wanted is None and config.quantization:
         return published_mxfp8(config), f"{model}, published MXFP8"
     return converted(config, wanted), f"{model}, {wanted or 'BF16'}"
-
-
-def quantization_of(mode: str | None, bits: int | None, group_size: int | None) -> Quantization | None:
-    """What --mode, --bits and --group-size ask for together; None where none is given. Raises PlanError."""
-    if not (mode or bits or group_size):
-        return None
-    mode = mode or "affine"
-    default_bits, default_group = DEFAULTS[mode]
-    wanted = Quantization(mode, bits or default_bits, group_size or default_group)
-    if mode != "affine" and (wanted.bits, wanted.group_size) != DEFAULTS[mode]:
-        raise PlanError(f"--mode {mode} has {default_bits} bits and groups of {default_group}; leave the others out")
-    if mode == "affine" and (wanted.bits not in (2, 3, 4, 5, 6, 8) or wanted.group_size not in (32, 64, 128)):
-        raise PlanError("affine quantisation has --bits 2, 3, 4, 5, 6 or 8 and --group-size 32, 64 or 128")
-    return wanted
-
-
-def converted(config: ModelConfig, quantization: Quantization | None) -> Inventory:
-    """As mlx-lm's converter writes it: every matrix quantised, embedding and head too, the router at 8 bits."""
-    if quantization is None:
-        return Inventory(config, "BF16")
-    router = Quantization("affine", 8, 64)
-    matrices = [m for m in modules(config).values() if m.is_matrix]
-    return Inventory(config, "BF16", {m.name: router if m.exact else quantization for m in matrices})
 
 
 def published_mxfp8(config: ModelConfig) -> Inventory:

@@ -11,7 +11,8 @@ from m3dist.errors import ConfigError, PlanError
 from m3dist.layout import kv_heads
 from m3dist.options import BenchOptions
 from m3dist.plan import INDEX_BYTES, Plan
-from m3dist.plan_report import converted, inventory_of
+from m3dist.plan_report import inventory_of
+from m3dist.quantization import converted
 from m3dist.tensors import BYTES, Inventory, Quantization
 
 # What --random takes: the format of the weights, or the dtype of weights that are not quantised.

@@ -21,7 +21,7 @@ ORDER = [
     {"m3dist", "m3dist.errors", "m3dist.libmpi", "m3dist.options", "m3dist.progress", "m3dist.status", "m3dist.tiny"},
     {"m3dist.config", "m3dist.machines", "m3dist.metal", "m3dist.watchdog"},
     {"m3dist.tensors"},
-    {"m3dist.layout", "m3dist.translation"},
+    {"m3dist.layout", "m3dist.quantization", "m3dist.translation"},
     {"m3dist.checkpoint", "m3dist.plan"},
     {"m3dist.reads", "m3dist.comm", "m3dist.predict", "m3dist.plan_report"},
     {"m3dist.cache", "m3dist.numbers", "m3dist.sample"},
