@@ -17,5 +17,9 @@ class PlanError(M3Error):
     """A cut that cannot be made; names the tensor or the unit, and the world that would work."""
 
 
+class StoreError(M3Error):
+    """What is kept of a checkpoint is damaged, in use, or cannot be written; names the file and the field."""
+
+
 class CommunicationError(M3Error):
     """A rank was lost, never came, belongs to another job, or computed something else than the others."""
