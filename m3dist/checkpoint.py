@@ -362,19 +362,29 @@ def local(model: str) -> Path | None:
 
 def _download(model: str) -> Path:
     """The hub's snapshot of `model`, whole, from the local cache where it is complete."""
-    from huggingface_hub import errors, snapshot_download
+    from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(model, allow_patterns=list(HUB_FILES)))
-    except errors.GatedRepoError:
+    except Exception as error:  # the hub library's own, its HTTP client's, the disk's
+        raise hub_error(model, error) from None
+
+
+def hub_error(model: str, error: Exception) -> CheckpointError:
+    """What went wrong at the hub with `model`, in the user's words; `error` is what its library raised."""
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.GatedRepoError):
         reason = "is gated: accept its terms on huggingface.co, then `hf auth login`"
-    except errors.RepositoryNotFoundError:
+    elif isinstance(error, errors.RepositoryNotFoundError):
         reason = "is no directory here and not on Hugging Face; if it is private, `hf auth login` first"
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
+    elif isinstance(error, errors.RevisionNotFoundError):
+        reason = "is on Hugging Face, but not that revision of it; name a branch, a tag or a whole commit id"
+    elif isinstance(error, (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled)):
         reason = (
             "is no directory here and not in the local cache, and Hugging Face cannot be reached"
             " (or HF_HUB_OFFLINE is set)"
         )
-    except Exception as error:  # the hub library's own, its HTTP client's, the disk's
+    else:
         reason = f"could not be fetched from Hugging Face: {error}"
-    raise CheckpointError(f"{model} {reason}")
+    return CheckpointError(f"{model} {reason}")
