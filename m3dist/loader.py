@@ -1,28 +1,31 @@
-"""Carries out a plan: reads a rank's slices of a checkpoint, and nothing else, straight into MLX's memory.
+"""Carries out a plan: reads a rank's slices, and nothing else, straight into MLX's memory.
 
-MLX allocates every tensor; a few threads fill it through a numpy view of the same memory with `preadv`. No memory map:
-its pages would count as the process's own.
+They come out of a whole checkpoint, or of a store's entry, which holds just them. MLX allocates every tensor; a few
+threads fill it through a numpy view of the same memory with `preadv`. No memory map: its pages would count as the
+process's own.
 """
 
-import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from threading import Lock
 
 import mlx.core as mx
 import numpy as np
 
-from m3dist.checkpoint import Checkpoint, open_checkpoint
+from m3dist.checkpoint import Checkpoint, Files, Folder, StoredTensor, open_checkpoint, read_header
 from m3dist.comm import Comm, all_ranks, check_same
-from m3dist.errors import CheckpointError
+from m3dist.errors import StoreError
+from m3dist.fetch.command import refetch_command
+from m3dist.fetch.store import Entry, check
 from m3dist.model import Model
 from m3dist.numbers import fill
 from m3dist.plan import Plan, plan_world
 from m3dist.progress import Progress, Report
-from m3dist.reads import Read, plan_reads
+from m3dist.reads import Read, plan_reads, sequential_reads
+from m3dist.tensors import TensorSpec
 from m3dist.translation import Translation
 
 READERS = 4  # threads: one selects columns or casts while others wait for the disk
@@ -31,6 +34,10 @@ QUEUED = 1024  # reads ahead of the oldest unfinished one, so that readers are b
 FLOAT_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 # numbers.HOLDERS in MLX.
 _MLX_HOLDERS = {"BF16": mx.uint16, "F16": mx.float16, "F32": mx.float32, "U8": mx.uint8, "U32": mx.uint32}
+
+
+def _float_name(dtype: str | None) -> str | None:
+    return FLOAT_NAMES.get(dtype, dtype) if dtype else None
 
 
 def load(
@@ -53,30 +60,108 @@ def load(
     """
     with all_ranks(comm):
         checkpoint = open_checkpoint(directory)
-        translation = checkpoint.translate(FLOAT_NAMES.get(dtype, dtype) if dtype else None)
+        translation = checkpoint.translate(_float_name(dtype))
         plan = plan_world(translation.inventory, comm.world, weights, experts, attention)
-    check_same(comm, {"plan": plan.digest})
+    weights_of = partial(load_weights, checkpoint, translation, plan, comm.rank, progress)
+    return _build(plan, "none", comm, planned, weights_of)
+
+
+def load_entry(
+    entry: Entry,
+    comm: Comm,
+    *,
+    dtype: str | None = None,
+    planned: Callable[[Plan], None] = lambda plan: None,
+    progress: Report | None = None,
+) -> Model:
+    """`load` of this rank's entry in its store, which was cut before. Every rank calls it, each with its own entry.
+
+    Raises StoreError, naming the file and the command that fetches it again, where an entry is not whole or another's.
+    """
+    with all_ranks(comm):
+        plan, rank = plan_of(entry, dtype), entry.manifest.rank
+        if (rank, plan.world) != (comm.rank, comm.world):
+            raise StoreError(f"{entry.directory} is for rank {rank} of {plan.world}, not {comm.rank} of {comm.world}")
+    return _build(plan, entry.manifest.revision, comm, planned, partial(load_entry_weights, entry, plan, progress))
+
+
+def _build(
+    plan: Plan,
+    revision: str,
+    comm: Comm,
+    planned: Callable[[Plan], None],
+    weights_of: Callable[[], dict[str, mx.array]],
+) -> Model:
+    """The model, once all ranks have the same plan and revision."""
+    check_same(comm, {"plan": plan.digest, "revision": revision})
     with all_ranks(comm):
         planned(plan)
-        model = Model(checkpoint.config)
-        model.hold(plan, comm, load_weights(checkpoint, translation, plan, comm.rank, progress))
+        model = Model(plan.inventory.config)
+        model.hold(plan, comm, weights_of())
     return model
 
 
 def load_weights(
     checkpoint: Checkpoint, translation: Translation, plan: Plan, rank: int, progress: Report | None = None
 ) -> dict[str, mx.array]:
-    """Tensor name -> `rank`'s slice, in the plan's dtypes. MLX is used by the calling thread only.
+    """Tensor name -> `rank`'s slice of a whole checkpoint, in the plan's dtypes. See `read_weights`."""
+    with Folder(checkpoint.directory) as files:
+        return read_weights(
+            plan.held_specs(rank), plan_reads(checkpoint.stored, translation, plan, rank), files, progress
+        )
 
-    Takes the memory of the slices and, in each of READERS threads, a few times reads.LARGEST. Raises CheckpointError,
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A store's entry
+
+
+def plan_of(entry: Entry, dtype: str | None = None) -> Plan:
+    """The plan an entry was cut by, with the floats that the model computes in: by default the checkpoint's own.
+
+    It is not made anew: the cut also depends on how many bytes a float takes. Raises StoreError, naming the field.
+    """
+    plan = entry.manifest.make_plan()
+    name = _float_name(dtype)
+    return replace(plan, inventory=replace(plan.inventory, dtype=name)) if name else plan
+
+
+def load_entry_weights(entry: Entry, plan: Plan, progress: Report | None = None) -> dict[str, mx.array]:
+    """Tensor name -> the slice of the entry's rank, in the plan's dtypes; every file is read from its start to its end.
+    See `open_entry` and `read_weights`."""
+    reads = sequential_reads(open_entry(entry))
+    with Folder(entry.directory, ahead=True) as files:
+        return read_weights(plan.held_specs(entry.manifest.rank), reads, files, progress)
+
+
+def open_entry(entry: Entry) -> list[StoredTensor]:
+    """What an entry's files hold: just what its plan gives its rank, in the checkpoint's own dtypes.
+
+    Raises StoreError naming the file, and the command that fetches it again, where one is truncated, missing or wrong.
+    """
+    for problem in check(entry):
+        advice = f"on this host, `{refetch_command(entry.manifest)}` makes it whole again"
+        raise StoreError(f"{entry.directory / problem.file}: {problem.what}; {advice}")
+    names = [kept.name for kept in entry.manifest.files if kept.name.endswith(".safetensors")]
+    return [tensor for name in names for tensor in read_header(entry.directory / name).values()]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def read_weights(
+    specs: Mapping[str, TensorSpec], reads: Iterable[Read], files: Files, progress: Report | None = None
+) -> dict[str, mx.array]:
+    """Carry out `reads`, which fill the tensors of `specs`, one after the other. MLX is used by this thread only.
+
+    Takes the memory of the tensors and, in each of READERS threads, a few times reads.LARGEST. Raises CheckpointError,
     naming file and tensor, where a file cannot be read or ends early.
     """
-    specs = plan.held_specs(rank)
-    reads = list(plan_reads(checkpoint.stored, translation, plan, rank))
+    reads = list(reads)
     done, total = 0, sum(read.nbytes for read in reads)
     arrays: dict[str, mx.array] = {}
 
-    def jobs(files: _Files) -> Iterator[tuple[Read, Callable[[], None]]]:
+    def jobs() -> Iterator[tuple[Read, Callable[[], None]]]:
         for read in reads:
             spec = specs[read.tensor]
             if read.tensor not in arrays:
@@ -85,11 +170,10 @@ def load_weights(
                 rows = np.array(arrays[read.tensor], copy=False).reshape(-1, spec.shape[-1])
             yield read, partial(fill, read, rows[read.at : read.at + read.rows], spec.dtype, files)
 
-    with _Files(checkpoint.directory) as files:
-        for read in _run(jobs(files)):
-            done += read.nbytes
-            if progress:
-                progress(Progress(read.tensor, done, total))
+    for read in _run(jobs()):
+        done += read.nbytes
+        if progress:
+            progress(Progress(read.tensor, done, total))
     held = {name: x.view(mx.bfloat16) if specs[name].dtype == "BF16" else x for name, x in arrays.items()}
     mx.eval(held)
     return held
@@ -113,42 +197,3 @@ def _run(jobs: Iterable[tuple[Read, Callable[[], None]]]) -> Iterator[Read]:
                 yield ended(*pending.popleft())
         finally:
             pool.shutdown(cancel_futures=True)  # after a failure the rest is not worth reading
-
-
-class _Files:
-    """The files of a directory, opened when first read from; any thread may read."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self.opened: dict[str, int] = {}
-        self.lock = Lock()
-
-    def __enter__(self) -> "_Files":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for descriptor in self.opened.values():
-            os.close(descriptor)
-
-    def read(self, name: str, offset: int, into: memoryview) -> None:
-        """Fill `into` from byte `offset` of a file."""
-        try:
-            descriptor = self._descriptor(name)
-            while into:
-                count = os.preadv(descriptor, [into], offset)
-                if not count:
-                    raise CheckpointError(
-                        f"{self.directory / name}: the file now ends at byte {offset}, where it was longer when it"
-                        " was opened; is something still writing it?"
-                    )
-                into, offset = into[count:], offset + count
-        except OSError as error:
-            raise CheckpointError(f"{self.directory / name}: {error}") from None
-
-    def _descriptor(self, name: str) -> int:
-        with self.lock:
-            if name not in self.opened:
-                self.opened[name] = os.open(self.directory / name, os.O_RDONLY)
-                if hasattr(os, "posix_fadvise"):  # reading ahead would fetch the rows of other ranks
-                    os.posix_fadvise(self.opened[name], 0, 0, os.POSIX_FADV_RANDOM)
-            return self.opened[name]

@@ -1,7 +1,7 @@
-"""Which bytes of which files a rank needs: a translation and a plan -> `Read`s. No MLX.
+"""Which bytes of which files a rank needs: a translation and a plan, or a store's entry -> `Read`s. No MLX.
 
-The loader carries them out. A cut of rows or of experts reads only what it keeps. A cut of columns reads whole rows, of
-which the rank's part is a few KiB, less than the disk would fetch for it anyway.
+The loader carries them out. Of a whole checkpoint, a cut of rows or of experts reads only what it keeps. A cut of
+columns reads whole rows, of which the rank's part is a few KiB, less than the disk would fetch for it anyway.
 """
 
 import math
@@ -55,9 +55,15 @@ def plan_reads(stored: Mapping[str, StoredTensor], translation: Translation, pla
         for piece, row, rows, at in _overlaps(assembly.pieces, kept_rows(part, assembly.spec.shape)):
             source = stored[piece.tensor]
             scale = stored[piece.scale] if piece.scale else None
-            step = max(1, LARGEST // _row_bytes(source))
-            for first in range(0, rows, step):
-                yield Read(name, source, row + first, min(step, rows - first), at + first, columns, scale)
+            for first, count in _steps(source, rows):
+                yield Read(name, source, row + first, count, at + first, columns, scale)
+
+
+def sequential_reads(stored: Iterable[StoredTensor]) -> Iterator[Read]:
+    """All of tensors that are a rank's slices already, under our names, in the order in which the files hold them."""
+    for tensor in sorted(stored, key=lambda t: (t.file, t.offset)):
+        for first, count in _steps(tensor, math.prod(tensor.shape[:-1])):
+            yield Read(tensor.name, tensor, first, count, first)
 
 
 def kept_rows(part: Slice, shape: tuple[int, ...]) -> list[Span]:
@@ -82,6 +88,13 @@ def _overlaps(pieces: Iterable[Piece], spans: Iterable[Span]) -> Iterator[tuple[
             start, at = start + rows, at + rows
             if start == stop:
                 start, stop = next(queue, (stop, stop))
+
+
+def _steps(source: StoredTensor, rows: int) -> Iterator[Span]:
+    """So many rows of a stored tensor, in reads: (first, count)."""
+    step = max(1, LARGEST // _row_bytes(source))
+    for first in range(0, rows, step):
+        yield first, min(step, rows - first)
 
 
 def _row_bytes(tensor: StoredTensor) -> int:

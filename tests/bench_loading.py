@@ -1,4 +1,5 @@
-"""What loading costs one rank: bytes, memory and seconds, for m3dist and for mlx-lm's sharded_load.
+"""What loading costs one rank: bytes, memory and seconds, for m3dist from the whole checkpoint and from the store, and
+for mlx-lm's sharded_load.
 
     python tests/bench_loading.py --gb 2 --ranks 1,2,4
 
@@ -6,19 +7,20 @@ Writes a synthetic checkpoint in the published BF16 layout, then loads every ran
 own, one at a time, as if alone on its machine: first with the files dropped from the page cache (cold), then again
 (warm). mlx-lm gets a stand-in for its group, so that no rank has to talk; the steps are those of its sharded_load. The
 table shows the largest figure among a world's ranks. Memory is the peak resident set above that after the imports.
-Linux only.
+`store` loads from an entry that was made before. Linux only.
 """
 
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-LOADERS = ("m3dist", "mlx-lm")
+LOADERS = ("m3dist", "store", "mlx-lm")
 
 
 def load_ours(directory: Path, rank: int, world: int) -> None:
@@ -29,6 +31,16 @@ def load_ours(directory: Path, rank: int, world: int) -> None:
     checkpoint = open_checkpoint(directory)
     translation = checkpoint.translate()
     load_weights(checkpoint, translation, make_plan(translation.inventory, world), rank)
+
+
+def load_store(directory: Path, rank: int, world: int) -> None:
+    """`directory` is that of the rank's entry."""
+    from m3dist.fetch.manifest import read_manifest
+    from m3dist.fetch.store import Entry
+    from m3dist.loader import load_entry_weights, plan_of
+
+    entry = Entry(directory, read_manifest(directory))
+    load_entry_weights(entry, plan_of(entry))
 
 
 def load_mlx_lm(directory: Path, rank: int, world: int) -> None:
@@ -67,7 +79,7 @@ def measure(loader: str, directory: Path, rank: int, world: int) -> dict[str, fl
     Path("/proc/self/clear_refs").write_text("5")  # starts the peak (VmHWM) anew
     resident, called, disk = status("status", "VmRSS"), status("io", "rchar"), status("io", "read_bytes")
     began = time.perf_counter()
-    (load_mlx_lm if loader == "mlx-lm" else load_ours)(directory, rank, world)
+    {"m3dist": load_ours, "store": load_store, "mlx-lm": load_mlx_lm}[loader](directory, rank, world)
     return {
         "seconds": time.perf_counter() - began,
         "read": (status("io", "rchar") - called) / 2**20,
@@ -95,6 +107,8 @@ def largest(results: list[dict[str, float]]) -> dict[str, float]:
 
 
 def compare(directory: Path, worlds: list[int], loaders: list[str]) -> None:
+    from stores import keep
+
     total = sum(file.stat().st_size for file in directory.glob("*.safetensors")) / 2**20
     print(f"\n{total:,.0f} MiB of safetensors; MiB and seconds of the world's worst rank\n")
     print("| world | loader | read | of it cold from disk | peak resident | peak in MLX | cold s | warm s |")
@@ -103,9 +117,13 @@ def compare(directory: Path, worlds: list[int], loaders: list[str]) -> None:
         for loader in loaders:
             cold, warm = [], []
             for rank in range(world):
-                drop_from_cache(directory)
-                cold.append(in_a_process(loader, directory, rank, world))
-                warm.append(in_a_process(loader, directory, rank, world))
+                source = keep(directory, rank, world).directory if loader == "store" else directory
+                os.sync()  # pages still to be written cannot be dropped
+                drop_from_cache(source)
+                cold.append(in_a_process(loader, source, rank, world))
+                warm.append(in_a_process(loader, source, rank, world))
+                if loader == "store":
+                    shutil.rmtree(source)
             c, w = largest(cold), largest(warm)
             sizes = " | ".join(f"{c[field]:,.0f}" for field in ("read", "disk", "resident", "mlx"))
             print(f"| {world} | {loader} | {sizes} | {c['seconds']:.2f} | {w['seconds']:.2f} |", flush=True)
@@ -125,8 +143,8 @@ def main() -> None:
     from checkpoints import synthetic
 
     with tempfile.TemporaryDirectory() as folder:
-        directory = synthetic(folder, options.gb)
-        os.sync()  # pages still to be written cannot be dropped
+        os.environ["M3DIST_STORE"] = str(Path(folder, "store"))
+        directory = synthetic(Path(folder, "checkpoint"), options.gb)
         compare(directory, [int(world) for world in options.ranks.split(",")], options.loaders.split(","))
 
 

@@ -25,7 +25,7 @@ ORDER = [
     {"m3dist.checkpoint", "m3dist.plan"},
     {"m3dist.reads", "m3dist.comm", "m3dist.predict", "m3dist.plan_report"},
     {"m3dist.cache", "m3dist.fetch.manifest", "m3dist.numbers", "m3dist.sample"},
-    {"m3dist.fetch.store"},
+    {"m3dist.fetch.command", "m3dist.fetch.store"},
     {"m3dist.model"},
     {"m3dist.loader", "m3dist.engine", "m3dist.text", "m3dist.cluster"},
     {"m3dist.rank", "m3dist.doctor"},

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from m3dist import loader
-from m3dist.checkpoint import Checkpoint, StoredTensor, open_checkpoint
+from m3dist.checkpoint import Checkpoint, Folder, StoredTensor, open_checkpoint
 from m3dist.comm import Comm
 from m3dist.errors import CheckpointError, CommunicationError, PlanError
 from m3dist.layout import COLUMNS
@@ -262,7 +262,7 @@ def test_blocks_start_again_with_every_matrix_of_a_stack(tmp_path):
     source = StoredTensor(tmp_path / "file", "weight", (3, 200, 130), "F8_E4M3", scale.nbytes, len(ones))
     stored = StoredTensor(tmp_path / "file", "scale", scale.shape, "F32", 0, scale.nbytes)
     wanted = np.repeat(np.repeat(scale, 128, axis=1), 128, axis=2)[:, :200, :130].reshape(600, 130)
-    with loader._Files(tmp_path) as files:
+    with Folder(tmp_path) as files:
         for row, rows in ((0, 600), (150, 100), (350, 200)):
             got = np.empty((rows, 130), np.float32)
             fill(Read("weight", source, row, rows, 0, None, stored), got, "F32", files)
