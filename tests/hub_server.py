@@ -8,6 +8,7 @@ Files are sent with ranges and without a copy in between. It counts every body b
 In a test's process:
 
     with HubServer(directory, "owner/name") as hub:
+        hub.join(monkeypatch, tmp_path)
         hub.faults.append(Fault("reset", "model-*", value=1000, count=1))
         ...
         assert hub.stats()["sent"] == 123
@@ -24,6 +25,7 @@ As a process of its own; prints the endpoint's URL, and ends when its standard i
 """
 
 import argparse
+import contextlib
 import functools
 import hashlib
 import json
@@ -139,8 +141,7 @@ class HubServer:
         self.lock = threading.Lock()
         self.counts = Counts()
         self.main = self.publish(directory)
-        self._endpoint = _serve(functools.partial(Endpoint, self), port)
-        self._storage = _serve(functools.partial(Storage, self), 0)
+        self._endpoint, self._storage = Server(self, Endpoint, port), Server(self, Storage, 0)
         self.url, self.storage_url = (f"http://127.0.0.1:{s.server_port}" for s in (self._endpoint, self._storage))
 
     def __enter__(self) -> "HubServer":
@@ -152,8 +153,7 @@ class HubServer:
     def close(self) -> None:
         self.closing.set()
         for server in (self._endpoint, self._storage):
-            server.shutdown()
-            server.server_close()
+            server.close()
 
     def publish(self, directory: str | os.PathLike) -> str:
         """Make a directory's files the newest commit of main; what was before is served on, under its own id."""
@@ -171,6 +171,29 @@ class HubServer:
         """What makes huggingface_hub in another process talk to this hub, with its cache and tokens in `home`."""
         told = {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1"}
         return told | ({"HF_TOKEN": self.token} if self.token else {})
+
+    def join(self, monkeypatch: Any, home: Path) -> None:
+        """The same for this process; `monkeypatch` is pytest's. huggingface_hub has read the environment by now."""
+        from huggingface_hub import close_session, constants
+
+        close_session()  # its connections are to another hub
+        for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in self.environment(home).items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(constants, "ENDPOINT", self.url)
+        template = self.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+
+    def sign(self, commit: str, name: str) -> str:
+        """An address of a file at the storage."""
+        signature = secrets.token_hex(16)
+        with self.lock:
+            self.signatures.add(signature)
+        return f"{self.storage_url}/{commit}/{name}?Expires=3600&Signature={signature}"
 
     def fault(self, at: str, file: str) -> Fault | None:
         """The first fault that is due for a request; every one that matches counts it."""
@@ -205,18 +228,37 @@ class HubServer:
             self.counts = Counts()
 
 
-def _serve(handler: Callable, port: int) -> ThreadingHTTPServer:
-    class Server(ThreadingHTTPServer):
-        daemon_threads = True
-        request_queue_size = 128
+class Server(ThreadingHTTPServer):
+    """One port, served by a thread for each connection."""
 
-        def handle_error(self, request: Any, client_address: Any) -> None:
-            if not isinstance(sys.exc_info()[1], OSError):  # a client that went away is none of ours
-                super().handle_error(request, client_address)
+    daemon_threads = True
+    request_queue_size = 128
 
-    server = Server(("127.0.0.1", port), handler)
-    threading.Thread(target=functools.partial(server.serve_forever, poll_interval=0.02), daemon=True).start()
-    return server
+    def __init__(self, hub: HubServer, handler: type["Answering"], port: int) -> None:
+        self.connections: set[socket.socket] = set()
+        super().__init__(("127.0.0.1", port), functools.partial(handler, hub))
+        self.thread = threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True)
+        self.thread.start()
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        self.connections.add(request)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        self.connections.discard(request)
+        super().shutdown_request(request)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):  # a client that went away is none of ours
+            super().handle_error(request, client_address)
+
+    def close(self) -> None:
+        """Take no more connections, and end those that are open."""
+        self.shutdown()
+        self.server_close()
+        for connection in list(self.connections):
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
 
 
 def _covered(ranges: Iterable[Range], file: str) -> int:
@@ -323,12 +365,10 @@ class Answering(BaseHTTPRequestHandler):
         piece = max(1, int(pace / 20)) if pace else PIECE
         with open(stored.path, "rb") as file:
             while left:
-                sent = os.sendfile(self.connection.fileno(), file.fileno(), part.start + part.sent, min(piece, left))
+                sent = self.send_piece(file.fileno(), part, min(piece, left))
                 if not sent:
                     break  # the file is shorter now
                 left -= sent
-                with self.hub.lock:
-                    part.sent += sent
                 if pace and self.hub.closing.wait(sent / pace):
                     break
         if kind == "stall":
@@ -339,6 +379,18 @@ class Answering(BaseHTTPRequestHandler):
             os.close(self.connection.detach())
         if kind in ("cut", "reset", "stall") or left:
             self.close_connection = True
+
+    def send_piece(self, file: int, part: Range, size: int) -> int:
+        """Send at most `size` bytes. Counts them before: who has got them may ask at once how many were sent."""
+        at, sent = part.start + part.sent, 0
+        with self.hub.lock:
+            part.sent += size
+        try:
+            sent = os.sendfile(self.connection.fileno(), file, at, size)
+        finally:
+            with self.hub.lock:
+                part.sent -= size - sent
+        return sent
 
 
 class Endpoint(Answering):
@@ -438,18 +490,12 @@ class Endpoint(Answering):
         headers = {"X-Repo-Commit": "0" * 40 if kind == "commit" else commit, "Accept-Ranges": "bytes"}
         if stored.large or kind == "location":
             linked = {"X-Linked-Etag": f'"{etag}"', "X-Linked-Size": size, "ETag": f'"{stored.blob}"'}
-            target = fault.value if fault and kind == "location" else self.sign(commit, name)
+            target = fault.value if fault and kind == "location" else self.hub.sign(commit, name)
             self.answer(302, headers | linked | {"Location": target})
         elif self.command == "HEAD":
             self.answer(200, headers | {"ETag": f'"{etag}"', "Content-Length": size})
         else:
             self.send_file(name, stored, headers, self.hub.fault("body", name))
-
-    def sign(self, commit: str, name: str) -> str:
-        signature = secrets.token_hex(16)
-        with self.hub.lock:
-            self.hub.signatures.add(signature)
-        return f"{self.hub.storage_url}/{commit}/{name}?Expires=3600&Signature={signature}"
 
 
 class Storage(Answering):

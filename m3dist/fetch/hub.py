@@ -330,17 +330,16 @@ class Hub:
             raise _Broken(f"HTTP {status}", wait=0.0 if location.answered else None)
         if status in BUSY:
             raise _Broken(f"HTTP {status}", _wait_asked(headers))
-        part = stop - start < size
-        wanted = [("status", str(status), "206" if part else "200")]
-        if part:
-            wanted += [("Content-Range", headers.get("content-range"), f"bytes {start}-{stop - 1}/{size}")]
-        wanted += [
-            (key, headers.get(key, value), value)
-            for key, value in (("Content-Length", str(stop - start)), ("Content-Encoding", "identity"))
-        ]
-        for key, said, value in wanted:
-            if said != value:
-                raise CheckpointError(f"{what}: refused, the answer's {key} is {reprlib.repr(said)}, not {value}")
+        wanted = {"status": "200"}
+        if stop - start < size:
+            wanted = {"status": "206", "Content-Range": f"bytes {start}-{stop - 1}/{size}"}
+        said = {"status": str(status), "Content-Range": headers.get("content-range", "")}
+        for key, value in (("Content-Length", str(stop - start)), ("Content-Encoding", "identity")):
+            wanted[key], said[key] = value, headers.get(key, value)  # an answer may leave these out
+        for key, value in wanted.items():
+            if said[key] != value:
+                answer = f"the answer's {key} is {reprlib.repr(said[key])}, not {reprlib.repr(value)}"
+                raise CheckpointError(f"{what}: {answer}; has the file changed?")
         self._check_etag(name, location, headers.get("etag", ""))
         location.answered = True
 
@@ -450,5 +449,6 @@ def _wait_asked(headers: Mapping[str, str]) -> float | None:
 
 
 def _text(error: Exception) -> str:
-    """An error in one line, with its kind where it has no words of its own."""
-    return f"{type(error).__name__}: {error}".partition("\n")[0] if str(error) else type(error).__name__
+    """The first line of an error, with its kind: an HTTP client's own words are few."""
+    text = str(error).partition("\n")[0]
+    return text if isinstance(error, _Broken) else f"{type(error).__name__}: {text}"
