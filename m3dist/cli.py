@@ -308,6 +308,13 @@ def hostfile(parser: argparse.ArgumentParser, args: argparse.Namespace, argv: li
     return hostfile_main(args)
 
 
+def store(args: argparse.Namespace, argv: list[str]) -> int:
+    """Look at this machine's store, or remove something of it."""
+    from m3dist.fetch.store_program import main as store_main
+
+    return store_main(args)
+
+
 def check_predict(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Whether a prediction's flags agree with each other; else ends the program."""
     if args.machines:
@@ -350,6 +357,7 @@ def build_parser() -> Parser:
     add_doctor(verbs.add_parser("doctor", help="ask every host what would keep a job from running, and what to do"))
     add_hostfile(verbs.add_parser("hostfile", help="write a hostfile from what the hosts have, or check one"))
     add_bench(verbs.add_parser("bench", help="measure speed and memory here, and compare with mlx-lm"))
+    add_store(verbs.add_parser("store", help="what this machine keeps of checkpoints: list, verify, remove"))
     return parser
 
 
@@ -525,6 +533,23 @@ def add_links(parser: argparse.ArgumentParser) -> None:
     add(parser, "--repeats", metavar="N", type=whole(1), default=preset.repeats,
         help="runs for each figure; of slow ones fewer")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+
+
+def add_store(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "What m3dist fetch has kept on this machine, in M3DIST_STORE or ~/.cache/m3dist/store. Exit status: 1 if "
+        "something is not intact, 2 for wrong input."
+    )
+    parser.set_defaults(call=store)
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    ls = actions.add_parser("ls", help="what is kept, for which plan, how large; a look at sizes and headers")
+    ls.add_argument("--json", action="store_true", help="print one JSON object, with the directories")
+    verify = actions.add_parser("verify", help="read everything and compare checksums")
+    verify.add_argument("model", metavar="MODEL", nargs="?", type=nonempty, help="a hub id or directory; default: all")
+    rm = actions.add_parser("rm", help="remove what is kept of a model, finished or not")
+    rm.add_argument("what", metavar="MODEL|PATH", type=nonempty, help="as fetch had it, or a directory of the store")
+    rm.add_argument("--unfinished", action="store_true", help="only what interrupted fetches left")
+    rm.add_argument("--yes", action="store_true", help="do not ask")
 
 
 def add_plan(parser: argparse.ArgumentParser) -> None:

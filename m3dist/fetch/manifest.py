@@ -249,23 +249,22 @@ def _config(fields: _Fields, raw: Mapping[str, Any]) -> ModelConfig:
 
 
 def _files(fields: _Fields) -> tuple[Kept, ...]:
-    """The list of files: plain names, none twice whatever the file system makes of capitals."""
+    """The list of files: plain names, none twice."""
     found = []
     for entry in fields.take("files", lambda v: isinstance(v, list) and len(v) > 0, "a list of files"):
         if not isinstance(entry, dict) or set(entry) != {"name", "bytes", "sha256"}:
             fields.refuse("files", f"each has a name, bytes and a sha256, not {reprlib.repr(entry)}")
         name, nbytes, digest = entry["name"], entry["bytes"], entry["sha256"]
-        if not is_plain(name) or name.casefold() == MANIFEST:
+        if not is_plain(name) or name.casefold() == MANIFEST:  # macOS does not tell capitals apart
             fields.refuse("files", f"{reprlib.repr(name)} is no plain file name")
         if type(nbytes) is not int or not 0 <= nbytes < 2**63:
             fields.refuse("files", f"{name}: bytes must be a size, not {reprlib.repr(nbytes)}")
         if not isinstance(digest, str) or not re.fullmatch(r"[0-9a-f]{64}", digest):
             fields.refuse("files", f"{name}: sha256 must be 64 hexadecimal digits, not {reprlib.repr(digest)}")
         found.append(Kept(name, nbytes, digest))
-    names = Counter(kept.name.casefold() for kept in found)
-    for kept in found:
-        if names[kept.name.casefold()] > 1:
-            fields.refuse("files", f"{kept.name} is given twice")
+    for name, count in Counter(kept.name for kept in found).items():
+        if count > 1:
+            fields.refuse("files", f"{name} is given twice")
     return tuple(found)
 
 

@@ -103,8 +103,10 @@ def place(model: str, revision: str, plan_digest: str, rank: int, world: int) ->
 
 
 def slug(model: str) -> str:
-    """A directory's name for a model: owner--name for one of the hub. Different models may have the same."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "--", model)[-80:].strip("-.") or "model"
+    """A directory's name for a model: owner--name for one of the hub, +path--of--it for a directory, whose last part
+    it is where that is long. Different directories may have the same."""
+    name = re.sub(r"[^A-Za-z0-9._-]+", "--", model)[-80:].strip("-.") or "model"
+    return f"+{name}" if os.path.isabs(model) else name
 
 
 def work_directory(place: Path) -> Path:
@@ -116,7 +118,7 @@ def _beside(place: Path, suffix: str) -> Path:
     return place.with_name(place.name + suffix)
 
 
-def _place_of(directory: Path) -> Path:
+def place_of(directory: Path) -> Path:
     """The place to which one of the directories of an entry belongs."""
     return directory.with_name(directory.name.partition(".")[0])
 
@@ -149,7 +151,7 @@ def _directories(parent: Path) -> list[Path]:
 def entries(model: str | None = None) -> Iterator[Entry | Broken]:
     """Every entry, or those of a model, which is named as Manifest.model is."""
     for directory in _found(("", OLD), model):
-        if directory.name.endswith(OLD) and _place_of(directory).exists():
+        if directory.name.endswith(OLD) and place_of(directory).exists():
             continue
         try:
             manifest = read_manifest(directory)
@@ -164,7 +166,7 @@ def entries(model: str | None = None) -> Iterator[Entry | Broken]:
 def unfinished(model: str | None = None) -> Iterator[Unfinished]:
     """Everything that takes room and is no entry. Models with the same slug are not told apart."""
     for directory in _found((PARTIAL, OLD, REMOVED), model):
-        if not directory.name.endswith(OLD) or _place_of(directory).exists():
+        if not directory.name.endswith(OLD) or place_of(directory).exists():
             yield Unfinished(directory)
 
 
@@ -301,10 +303,11 @@ def _hash(
                 progress(Progress(name, done, total))
 
     def one(name: str) -> str | OSError:
-        digest, buffer = hashlib.sha256(), memoryview(bytearray(HASHED))
+        digest = hashlib.sha256()
         try:
             descriptor = os.open(directory / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
             try:
+                buffer = memoryview(bytearray(min(HASHED, os.fstat(descriptor).st_size + 1)))
                 while count := os.readv(descriptor, [buffer]):
                     digest.update(buffer[:count])
                     advance(name, count)
@@ -362,10 +365,14 @@ def holder(place: Path) -> int | None:
         os.close(descriptor)
 
 
+def in_use(place: Path, process: int) -> StoreError:
+    """The error for a lock that `process`, as `holder` gives it, has."""
+    return StoreError(f"{place} is being fetched or removed by process {process or '?'}; wait until it has ended")
+
+
 def _lock(place: Path) -> int:
     """The descriptor that holds the lock; closing it, as the end of the process does, gives it up."""
-    path = _beside(place, LOCK)
-    tries = 0
+    path, tries = _beside(place, LOCK), 0
     while True:
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
@@ -380,24 +387,29 @@ def _lock(place: Path) -> int:
                 os.ftruncate(descriptor, 0)
                 os.pwrite(descriptor, b"%d\n" % os.getpid(), 0)
                 return descriptor
+        except FileNotFoundError:
+            pass  # who held it has ended, and taken the file away
         except BlockingIOError:
             tries += 1
-            if tries == LOCK_TRIES:
-                os.close(descriptor)
-                which = holder(place) or "(it has not said which)"
-                busy = f"{place} is being fetched or removed by process {which}; wait until it has ended"
-                raise StoreError(busy) from None
-            time.sleep(LOCK_PAUSE)
-        except FileNotFoundError:
-            pass  # its holder has ended, and the file with it
+        except OSError as error:
+            os.close(descriptor)
+            raise StoreError(f"{path}: cannot be locked: {error.strerror}") from None
         os.close(descriptor)
+        if tries == LOCK_TRIES:
+            raise in_use(place, holder(place) or 0)
+        if tries:
+            time.sleep(LOCK_PAUSE)
 
 
 def _settle(place: Path) -> None:
     """Put in order what a killed process left."""
-    if not place.exists() and _beside(place, OLD).exists():
-        os.rename(_beside(place, OLD), place)
-    _discard(_beside(place, OLD))
+    old = _beside(place, OLD)
+    try:
+        if old.exists() and not place.exists():
+            os.rename(old, place)
+    except OSError as error:
+        raise StoreError(f"{old}: {error.strerror}") from None
+    _discard(old)
     _discard(_beside(place, REMOVED))
 
 
@@ -491,14 +503,14 @@ def publish(work: Path, entry: Path) -> None:
 
 def remove(found: Entry | Broken | Unfinished) -> None:
     """Delete an entry, or what is unfinished. Raises StoreError where a process fetches it."""
-    where = _place_of(found.directory)
+    where = place_of(found.directory)
     with locked(where):  # which puts away what an interrupted replacement or removal left
         _discard(where if not isinstance(found, Unfinished) else found.directory)
 
 
 def _discard(directory: Path) -> None:
     """Delete a directory, if it is there: it goes by a rename, its contents afterwards."""
-    aside = _beside(_place_of(directory), REMOVED)
+    aside = _beside(place_of(directory), REMOVED)
     try:
         if directory != aside:
             if not directory.exists():
