@@ -25,7 +25,6 @@ INDEX = "model.safetensors.index.json"
 LARGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors library, and ours for an index and a config too
 LARGEST_READ = 1 << 30  # bytes; macOS refuses reads of 2 GiB
 HEADERS_AT_ONCE = 8  # a hub answers in tens of milliseconds, however little is asked of it
-HUB_FILES = ("*.json", "*.jinja", "*.safetensors", "tokenizer*", "*.txt")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -334,23 +333,11 @@ def _check_tiling(path: Path, tensors: list[StoredTensor], start: int, size: int
 # Finding one
 
 
-def resolve(model: str) -> Path:
-    """The directory of a checkpoint: for "tiny" the one in the package, else `model` itself, for a hub id its download.
-
-    "tiny" is the embedded one also where a directory has that name; that one is ./tiny. Raises CheckpointError where it
-    is none of these, or the hub does not give it.
-    """
-    if directory := local(model):
-        return directory
-    if os.path.exists(os.path.expanduser(model)):
-        raise CheckpointError(f"{model} is a file; name the directory with config.json and the safetensors files")
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model):
-        raise CheckpointError(f"{model}: no such directory, and no Hugging Face id (owner/name) either")
-    return _download(model)
-
-
 def local(model: str) -> Path | None:
-    """The directory, where `model` names one, or the one in the package; None where only the hub may know it."""
+    """The directory that `model` names; None where only the hub may know it.
+
+    "tiny" is the one in the package also where a directory has that name; that one is ./tiny.
+    """
     if model == "tiny":
         from m3dist import tiny
 
@@ -360,14 +347,19 @@ def local(model: str) -> Path | None:
     return Path(path) if os.path.isdir(path) else None
 
 
-def _download(model: str) -> Path:
-    """The hub's snapshot of `model`, whole, from the local cache where it is complete."""
-    from huggingface_hub import snapshot_download
+def hub_id(model: str) -> tuple[str, str | None]:
+    """ "owner/name" or "owner/name@revision" of a Hugging Face id -> its repository and revision.
 
-    try:
-        return Path(snapshot_download(model, allow_patterns=list(HUB_FILES)))
-    except Exception as error:  # the hub library's own, its HTTP client's, the disk's
-        raise hub_error(model, error) from None
+    Raises CheckpointError for anything else; it is no directory either, as `local` has found.
+    """
+    if os.path.exists(os.path.expanduser(model)):
+        raise CheckpointError(f"{model} is a file; name the directory with config.json and the safetensors files")
+    match = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(?:@(\w[\w./-]*))?", model)
+    if not match:
+        raise CheckpointError(
+            f"{model}: no such directory, and no Hugging Face id (owner/name or owner/name@revision) either"
+        )
+    return match[1], match[2]
 
 
 def hub_error(model: str, error: Exception) -> CheckpointError:

@@ -18,8 +18,9 @@ from m3dist.comm import Comm, all_ranks
 from m3dist.config import ModelConfig, read_config
 from m3dist.engine import Request, generate_tokens
 from m3dist.errors import M3Error
+from m3dist.find import directory_of, find
 from m3dist.options import GenerateOptions
-from m3dist.rank import START_LIMIT, STEP_LIMIT, find, join, load_model, prefill_chunk_of_device, run_rank
+from m3dist.rank import START_LIMIT, STEP_LIMIT, join, load_model, prefill_chunk_of_device, run_rank
 from m3dist.sample import Sampling
 from m3dist.text import ReasoningSplitter, Text, TextStream
 from m3dist.watchdog import Watchdog
@@ -32,13 +33,13 @@ def main(options: GenerateOptions, launch: Launch) -> int:
 
 def _run(options: GenerateOptions, launch: Launch, watchdog: Watchdog) -> int:
     comm = join(launch, options.model, watchdog)
-    directory = find(options.model, comm, watchdog)
-    watchdog.progress("reading the prompt", math.inf if options.prompt == "-" else STEP_LIMIT)  # someone may type it
-    answer, request = _ask(options, directory, comm, watchdog)
-    began = time.perf_counter()
     cut = {"weights": options.weights, "experts": options.experts, "attention": options.attention}
+    found = find(options.model, comm, watchdog, **cut)
+    watchdog.progress("reading the prompt", math.inf if options.prompt == "-" else STEP_LIMIT)  # someone may type it
+    answer, request = _ask(options, directory_of(found), comm, watchdog)
+    began = time.perf_counter()
     context = len(request.prompt) + request.max_tokens
-    model = load_model(options.model, directory, comm, watchdog, options.dtype, context, **cut)
+    model, _ = load_model(options.model, found, comm, watchdog, options.dtype, context, **cut)
     load_seconds = time.perf_counter() - began
 
     def computing(phase: str) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from m3dist.checkpoint import open_checkpoint, resolve
+from m3dist.checkpoint import local, open_checkpoint
 from m3dist.config import ModelConfig, read_config
 from m3dist.errors import PlanError
 from m3dist.layout import kv_heads, query_heads
@@ -68,9 +68,7 @@ def inventory_of(model: str, mode: str | None, bits: int | None, group_size: int
     `mode`, `bits` and `group_size` ask for an MLX conversion instead of the checkpoint's own format.
     """
     wanted = quantization_of(mode, bits, group_size)
-    directory = None
-    if model == "tiny" or os.path.isdir(os.path.expanduser(model)):
-        directory = resolve(model)
+    directory = local(model)
     if directory and wanted is None and any(directory.glob("*.safetensors")):
         return open_checkpoint(directory).translate().inventory, f"{directory}, from its files"
     if directory:

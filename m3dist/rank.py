@@ -1,6 +1,5 @@
 """What every rank's program begins and ends with, whatever it computes: joining the others, loading, dying alone."""
 
-import math
 import os
 import socket
 import sys
@@ -13,12 +12,12 @@ from typing import Any
 import mlx.core as mx
 
 from m3dist import metal
-from m3dist.checkpoint import local, resolve
 from m3dist.cluster.claim import claim_addresses
 from m3dist.cluster.environment import Launch
-from m3dist.comm import Comm, all_ranks, check_same, connect, versions
+from m3dist.comm import Comm, check_same, connect, versions
 from m3dist.errors import CommunicationError, M3Error
-from m3dist.loader import load
+from m3dist.fetch.store import Entry
+from m3dist.loader import load, load_entry
 from m3dist.model import Model
 from m3dist.options import CPU_PREFILL_CHUNK, GPU_PREFILL_CHUNK
 from m3dist.plan import Plan
@@ -102,19 +101,21 @@ def join(launch: Launch, model: str, watchdog: Watchdog) -> Comm:
     return comm
 
 
-def find(model: str, comm: Comm, watchdog: Watchdog) -> Path:
-    """The directory of a checkpoint, downloaded where --model names one of the hub."""
-    # A first download takes hours.
-    watchdog.progress("download", STEP_LIMIT if local(model) else math.inf)
-    with all_ranks(comm):
-        return resolve(model)
-
-
 def load_model(
-    model: str, directory: Path, comm: Comm, watchdog: Watchdog, dtype: str | None, context: int = 0, **cut: Any
-) -> Model:
-    """This rank's part of the model, with a bar on rank 0. `dtype` None: the device's own; `context`: tokens its caches
-    will hold; `cut`: see loader.load."""
+    model: str,
+    found: Path | Entry,
+    comm: Comm,
+    watchdog: Watchdog,
+    dtype: str | None,
+    context: int = 0,
+    **cut: Any,
+) -> tuple[Model, Plan]:
+    """This rank's part of the model and the plan of all, with a bar on rank 0.
+
+    `found`: a checkpoint's directory, cut by `cut` (see loader.load), or this rank's entry of its store, which was cut
+    before. `dtype` None: the device's own; `context`: tokens its caches will hold.
+    """
+    plans = []
     with LoadingBar(f"loading {model}") if comm.rank == 0 else nullcontext() as bar:
 
         def loading(progress: Progress) -> None:
@@ -127,6 +128,12 @@ def load_model(
 
         def planned(plan: Plan) -> None:
             keep_resident(plan, comm.rank, context)
+            plans.append(plan)
 
         watchdog.progress("load of the checkpoint's headers", STEP_LIMIT)
-        return load(directory, comm, dtype=dtype or dtype_of_device(), planned=planned, progress=loading, **cut)
+        common = {"dtype": dtype or dtype_of_device(), "planned": planned, "progress": loading}
+        if isinstance(found, Entry):
+            loaded = load_entry(found, comm, **common)
+        else:
+            loaded = load(found, comm, **common, **cut)
+    return loaded, plans[0]

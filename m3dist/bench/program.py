@@ -21,13 +21,13 @@ from m3dist.bench.cutoff import shown_if_cut_off
 from m3dist.bench.machine import measure_machine, sum_latency
 from m3dist.bench.runners import Ours, count_operations, decode, difference, muted, prefill, random_cache, timed_steps
 from m3dist.bench.statistics import ratio
-from m3dist.bench.subject import SAFETENSORS, cache_read_bytes, lengths, longest, published, random_inventory
+from m3dist.bench.subject import cache_read_bytes, lengths, longest, published, random_inventory
 from m3dist.bench.weights import random_weights
-from m3dist.checkpoint import open_checkpoint
 from m3dist.cluster.environment import Launch
 from m3dist.comm import Comm, all_ranks, check_same
 from m3dist.config import ModelConfig, read_config
 from m3dist.errors import M3Error
+from m3dist.find import directory_of, find
 from m3dist.model import Model
 from m3dist.model.text import DTYPES
 from m3dist.options import BenchOptions
@@ -35,7 +35,6 @@ from m3dist.plan import Plan, plan_world
 from m3dist.rank import (
     STEP_LIMIT,
     dtype_of_device,
-    find,
     join,
     keep_resident,
     load_model,
@@ -112,11 +111,11 @@ def subject(
     dtype = options.dtype or dtype_of_device()
     cut = {"weights": options.weights, "experts": options.experts, "attention": options.attention}
     if not options.random:
-        directory = find(options.model or "tiny", comm, watchdog)
+        name = options.model or "tiny"
+        found = find(name, comm, watchdog, **cut)
+        directory = directory_of(found)
         context = longest(lengths(options, ModelConfig.from_dict(read_config(directory))))
-        model = load_model(options.model or "tiny", directory, comm, watchdog, dtype, context, **cut)
-        inventory = open_checkpoint(directory).translate(SAFETENSORS[dtype]).inventory
-        return model, plan_world(inventory, comm.world, **cut), str(directory)
+        return *load_model(name, found, comm, watchdog, dtype, context, **cut), str(directory)
     with all_ranks(comm):
         inventory, source = random_inventory(options, dtype)
         on_cpu = mx.default_device().type == mx.DeviceType.cpu

@@ -1,11 +1,10 @@
 """Which model is measured, and at which lengths. No MLX."""
 
-import os
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any
 
-from m3dist.checkpoint import resolve
+from m3dist.checkpoint import local
 from m3dist.config import ModelConfig, read_config
 from m3dist.errors import ConfigError, PlanError
 from m3dist.layout import kv_heads
@@ -35,8 +34,8 @@ def check(options: BenchOptions, world: int) -> None:
     model = options.model or "tiny"
     if options.random:
         config = random_inventory(options, "float32")[0].config
-    elif model == "tiny" or os.path.isdir(os.path.expanduser(model)):
-        config = ModelConfig.from_dict(read_config(resolve(model)))
+    elif directory := local(model):
+        config = ModelConfig.from_dict(read_config(directory))
     else:
         return
     lengths(options, config)

@@ -37,13 +37,13 @@ def refetch_command(manifest: Manifest) -> str:
     model = f"{manifest.model}@{manifest.revision}" if hub else manifest.model
     where = f"--world {manifest.world} --rank {manifest.rank}" if manifest.world > 1 else ""
     cut = {"experts": manifest.experts, "attention": manifest.attention}
-    wanted = _converted_to(manifest)
+    wanted = converted_to(manifest)
     formats = {own for name, own in manifest.quantization.items() if not name.endswith(".gate")}
     overrides = " --overrides FILE" if wanted and formats != {wanted} else ""
     return fetch_command(model, where, weights=manifest.weights, quantization=wanted, **cut) + overrides
 
 
-def _converted_to(manifest: Manifest) -> Quantization | None:
+def converted_to(manifest: Manifest) -> Quantization | None:
     """The format that an entry's experts were given; None where its config.json says that they had it before."""
     own, found = manifest.inventory().config.quantization or {}, manifest.expert_format
     if found is None:

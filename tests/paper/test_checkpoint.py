@@ -16,7 +16,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from m3dist import tiny
-from m3dist.checkpoint import INDEX, Checkpoint, Folder, open_checkpoint, open_files, read_header, resolve
+from m3dist.checkpoint import (
+    INDEX,
+    Checkpoint,
+    Folder,
+    hub_error,
+    hub_id,
+    local,
+    open_checkpoint,
+    open_files,
+    read_header,
+)
 from m3dist.config import ModelConfig
 from m3dist.errors import CheckpointError, ConfigError
 from m3dist.tensors import BYTES
@@ -312,17 +322,25 @@ def test_no_weights(sharded):
         open_checkpoint(sharded)
 
 
-def test_resolve(tmp_path, monkeypatch):
+def test_local(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here").mkdir()
     (tmp_path / "file").touch()
-    assert resolve("here").samefile(tmp_path / "here")
-    assert resolve("tiny") == tiny.PATH
+    assert local("here").samefile(tmp_path / "here")
+    assert local("tiny") == tiny.PATH
+    assert local("owner/name") is local("file") is local("~no-such-user/there") is local("a" * 5000) is None
+
+
+def test_hub_id(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    assert hub_id("owner/na.me") == ("owner/na.me", None)
+    assert hub_id("owner/name@refs/pr/1") == ("owner/name", "refs/pr/1")
     with pytest.raises(CheckpointError, match="file is a file; name the directory"):
-        resolve("file")
-    for model in ("nowhere", "/no/where", "a/b/c", "../there", "~nobody/there", "~no-such-user/there", "a" * 5000):
+        hub_id("file")
+    for model in ("nowhere", "/no/where", "a/b/c", "../there", "~nobody/there", "a/b@", "a/b@../c", "a" * 5000):
         with pytest.raises(CheckpointError, match="no such directory, and no Hugging Face id"):
-            resolve(model)
+            hub_id(model)
 
 
 def hub_errors():
@@ -340,15 +358,9 @@ def hub_errors():
 
 
 @pytest.mark.parametrize("number", range(6))
-def test_hub_errors(monkeypatch, number):
+def test_hub_errors(number):
     error, message = hub_errors()[number]
-
-    def snapshot_download(*_, **__):
-        raise error
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    with pytest.raises(CheckpointError, match=f"owner/name .*{message}"):
-        resolve("owner/name")
+    assert re.search(f"^owner/name .*{message}", str(hub_error("owner/name", error)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

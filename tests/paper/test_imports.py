@@ -30,6 +30,7 @@ ORDER = [
     {"m3dist.loader", "m3dist.engine", "m3dist.text", "m3dist.cluster"},
     {"m3dist.rank", "m3dist.doctor"},
     {"m3dist.fetch"},
+    {"m3dist.find"},
     {"m3dist.generate"},
     {"m3dist.bench"},
     {"m3dist.measured"},
