@@ -54,13 +54,35 @@ class QuantizedSwitchLinear(nn.Module):
             return out.reshape(*experts.shape, 1, -1)
         if x.shape[-2] > 1 and cpu.usable(x):
             return multiply_blocks(self, x, experts)
+        count, step = self.weight.shape[0], self._experts_at_once()
+        out = self._products(x, experts, slice(0, step), is_sorted)
+        for first in range(step, count, step):
+            own = mx.clip(experts.astype(mx.int32) - first, 0, None).astype(mx.uint32)
+            part = self._products(x, own, slice(first, first + step), is_sorted)
+            out = mx.where(experts[..., None, None] < first, out, part)
+        return out
+
+    def _experts_at_once(self) -> int:
+        """How many experts' matrices one of MLX's products may be given.
+
+        On CUDA (0.32.4) it counts their bytes in 32 bits: the experts beyond 2 GiB, here those from number 114 on where
+        one rank has all of M3's in 4 bits, come out wrong, without an error.
+        """
+        count = self.weight.shape[0]
+        if not mx.cuda.is_available():
+            return count
+        return min(count, max(1, (2**31 - 1) // (self.weight.nbytes // count)))
+
+    def _products(self, x: mx.array, experts: mx.array, part: slice, is_sorted: bool) -> mx.array:
+        """x [..., n, in] times the matrices of experts [...] in `part` of them; those beyond count as its last."""
+        count = len(range(self.weight.shape[0])[part])
+        whole = count == self.weight.shape[0]
+        leaves = (self.weight, self.scales, self.biases)
         return mx.gather_qmm(
             x,
-            self.weight,
-            self.scales,
-            self.biases,
+            *(leaf if whole or leaf is None else leaf[part] for leaf in leaves),
             lhs_indices=_in_order(x.shape[:-2]),  # else MLX computes the same numbers each time
-            rhs_indices=experts,
+            rhs_indices=experts if whole else mx.minimum(experts, count - 1),
             transpose=True,
             group_size=self.group_size,
             bits=self.bits,

@@ -133,6 +133,19 @@ def test_no_result_depends_on_its_place_in_a_block(rows, columns):
     assert mx.array_equal(found, mx.broadcast_to(found[0, 0], found.shape))
 
 
+@pytest.mark.parametrize("form", [(4, 64, "affine"), (4, 32, "mxfp4")], ids=str)
+@pytest.mark.parametrize("at_once", [1, 3, 7])
+def test_experts_may_be_multiplied_a_few_at_a_time(monkeypatch, form, at_once):
+    """As on CUDA, where MLX's product takes 2 GiB of them at most."""
+    module, x = experts(8, 96, COLUMNS, form), random(20, 1, 1, COLUMNS, seed=3)
+    chosen = mx.array(np.random.default_rng(4).integers(0, 8, (20, 3)), dtype=mx.uint32)
+    in_order = mx.sort(chosen.reshape(-1))
+    wanted = module(x, chosen, False), module(x[mx.arange(60) // 3, 0], in_order, True)
+    monkeypatch.setattr(QuantizedSwitchLinear, "_experts_at_once", lambda self: at_once)
+    found = module(x, chosen, False), module(x[mx.arange(60) // 3, 0], in_order, True)
+    assert all(mx.array_equal(a, b) for a, b in zip(found, wanted))
+
+
 @pytest.mark.parametrize("tokens", [32, 33, 100])
 def test_tokens_do_not_touch_each_other(tokens):
     """Bit by bit: whatever the others are and whichever experts they choose."""
