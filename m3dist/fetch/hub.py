@@ -20,12 +20,13 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 from threading import Event, Lock
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import urljoin, urlsplit
 
 from m3dist.checkpoint import CONFIG, Folder, hub_error, read_small
 from m3dist.errors import CheckpointError
 
 LIBRARY = "m3dist"  # in the user agent
+REDIRECTS = 10
 LOCATION_SECONDS = 600.0  # after which a redirect is asked for again; the hub signs for an hour
 LONGEST_WAIT = 30.0  # seconds between two tries, unless the server asks for more
 BUSY = (408, 425, 429, 500, 502, 503, 504)  # HTTP's ways to say: again later
@@ -301,25 +302,44 @@ class Hub:
 
     def _resolve(self, name: str) -> _Location:
         """Ask the endpoint for a file. Raises CheckpointError where it is not the one that was listed."""
-        from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
-        from huggingface_hub.utils import build_hf_headers
+        from huggingface_hub import constants, get_session, hf_hub_url
+        from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
-        file, path = self._file(name), self.root / name
         url = hf_hub_url(self.repository.repo, name, revision=self.repository.commit)
-        found = get_hf_file_metadata(url, timeout=self._limits.timeout, library_name=LIBRARY)
-        if found.commit_hash not in (None, self.repository.commit):
-            raise CheckpointError(f"{path}: the hub answers with another commit, {reprlib.repr(found.commit_hash)}")
-        if found.size not in (None, file.size):
-            raise CheckpointError(f"{path} has changed: {found.size} bytes, where {file.size} were listed")
-        if found.etag and file.etag and found.etag != file.etag:
-            raise CheckpointError(f"{path} has changed: etag {reprlib.repr(found.etag)}, where {file.etag} was listed")
-        origin, endpoint = _origin(found.location), _origin(constants.ENDPOINT)
-        if origin[0] not in ("https", endpoint[0]):
-            raise CheckpointError(f"{path}: the hub redirects to {reprlib.repr(found.location)}, which is not https")
         headers = build_hf_headers(library_name=LIBRARY) | {"Accept-Encoding": "identity"}
+        for _ in range(REDIRECTS):
+            answer = get_session().request(
+                "HEAD", url, headers=headers, timeout=self._limits.timeout, follow_redirects=False
+            )
+            if answer.status_code >= 400:
+                hf_raise_for_status(answer)
+            direct = "location" not in answer.headers
+            url = urljoin(url, answer.headers.get("location", ""))
+            origin, endpoint = _origin(url), _origin(constants.ENDPOINT)
+            if direct or origin != endpoint:
+                break
+        else:
+            raise CheckpointError(f"{self.root / name}: the hub redirects {REDIRECTS} times and more")
+        self._check_listed(name, answer.headers, direct)
+        if origin[0] not in ("https", endpoint[0]):
+            raise CheckpointError(f"{self.root / name}: the hub redirects to {reprlib.repr(url)}, which is not https")
         if origin != endpoint:
             headers.pop("authorization", None)
-        return _Location(found.location, headers, origin == endpoint)
+        return _Location(url, headers, origin == endpoint)
+
+    def _check_listed(self, name: str, headers: Mapping[str, str], direct: bool) -> None:
+        """Whether the endpoint's answer is of the file that it listed. A redirect has no size and etag of its own."""
+        file, path = self._file(name), self.root / name
+        commit = headers.get("x-repo-commit", self.repository.commit)
+        size = headers.get("x-linked-size") or (headers.get("content-length") if direct else None)
+        etag = headers.get("x-linked-etag") or (headers.get("etag", "") if direct else "")
+        etag = etag.removeprefix("W/").strip('"')
+        if commit != self.repository.commit:
+            raise CheckpointError(f"{path}: the hub answers with another commit, {reprlib.repr(commit)}")
+        if size not in (None, str(file.size)):
+            raise CheckpointError(f"{path} has changed: {reprlib.repr(size)} bytes, where {file.size} were listed")
+        if etag and file.etag and etag != file.etag:
+            raise CheckpointError(f"{path} has changed: etag {reprlib.repr(etag)}, where {file.etag} was listed")
 
     def _check(self, name: str, location: _Location, response: Any, start: int, stop: int) -> None:
         """An answer's status and headers. Raises _Broken where another try may bring more, else CheckpointError."""
