@@ -11,7 +11,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from importlib.util import find_spec
 from typing import Any, NoReturn
@@ -35,6 +35,7 @@ from m3dist.errors import CommunicationError, M3Error
 from m3dist.machines import LINKS, MACS
 from m3dist.options import (
     ATTENTION,
+    CONNECTIONS,
     CPU_PREFILL_CHUNK,
     DTYPES,
     EXPERTS,
@@ -42,8 +43,11 @@ from m3dist.options import (
     MAX_RANKS,
     MODES,
     RANDOM,
+    RANGE_SIZE,
     THINKING,
     BenchOptions,
+    ConvertOptions,
+    FetchOptions,
     GenerateOptions,
     LinksOptions,
 )
@@ -266,6 +270,10 @@ def generate_options(args: argparse.Namespace) -> GenerateOptions:
     return GenerateOptions(**values | {"stop": tuple(args.stop or ())})
 
 
+def fetch_options(args: argparse.Namespace) -> FetchOptions:
+    return FetchOptions(**{f.name: getattr(args, f.name) for f in fields(FetchOptions)})
+
+
 def bench_options(args: argparse.Namespace) -> BenchOptions:
     values = {name: value for name, value in vars(args).items() if name in BenchOptions.__dataclass_fields__}
     return BenchOptions(**values)
@@ -306,6 +314,46 @@ def hostfile(parser: argparse.ArgumentParser, args: argparse.Namespace, argv: li
     from m3dist.doctor.hostfile_writer import main as hostfile_main
 
     return hostfile_main(args)
+
+
+def fetch(parser: argparse.ArgumentParser, args: argparse.Namespace, argv: list[str]) -> int:
+    """As generate; or alone, what one rank of a world would keep."""
+    if (args.world is None) != (args.rank is None):
+        parser.error("argument --rank: needs --world, and --world needs --rank: one rank of so many, alone")
+    if args.rank is not None and args.rank >= args.world:
+        parser.error(f"argument --rank: must be from 0 to {args.world - 1} in a world of {args.world}")
+    if args.world and (args.ranks or args.hostfile):
+        parser.error("argument --world: not allowed with -n or --hostfile, which start all ranks")
+    launch = environment.detect(os.environ)
+    options = fetch_options(args)
+    if args.world:
+        if args.weights and len(args.weights) != args.world:
+            parser.error(f"argument --weights: needs one number for each of the {args.world} ranks")
+    else:
+        world = check_world(parser, args, launch)
+        if launch.launcher == "single" and (world > 1 or args.hostfile):
+            return start_ranks(parser, args, argv)
+    check_formats(args)
+    watch_launcher()
+    from m3dist.fetch.program import main as fetch_main
+
+    return fetch_main(options, launch)
+
+
+def convert(parser: argparse.ArgumentParser, args: argparse.Namespace, argv: list[str]) -> int:
+    """Convert in this process."""
+    check_formats(args)
+    options = ConvertOptions(**{f.name: getattr(args, f.name) for f in fields(ConvertOptions)})
+    from m3dist.fetch.convert import main as convert_main
+
+    return convert_main(options)
+
+
+def check_formats(args: argparse.Namespace) -> None:
+    """Raises PlanError where the formats asked for are none, before anything is started."""
+    from m3dist.quantization import recipe_of
+
+    recipe_of(args.mode, args.bits, args.group_size, args.overrides)
 
 
 def store(args: argparse.Namespace, argv: list[str]) -> int:
@@ -357,6 +405,8 @@ def build_parser() -> Parser:
     add_doctor(verbs.add_parser("doctor", help="ask every host what would keep a job from running, and what to do"))
     add_hostfile(verbs.add_parser("hostfile", help="write a hostfile from what the hosts have, or check one"))
     add_bench(verbs.add_parser("bench", help="measure speed and memory here, and compare with mlx-lm"))
+    add_fetch(verbs.add_parser("fetch", help="get what each rank needs of a checkpoint, and keep it"))
+    add_convert(verbs.add_parser("convert", help="a checkpoint in other formats, which mlx-lm reads too"))
     add_store(verbs.add_parser("store", help="what this machine keeps of checkpoints: list, verify, remove"))
     return parser
 
@@ -418,15 +468,19 @@ def add_ranks(group: Any) -> None:
         help="what the ranks talk over; default: what the hostfile names, or ring")
 
 
-def add_cut(parser: argparse.ArgumentParser, preset: GenerateOptions | BenchOptions) -> Any:
-    """The group of flags that say how many ranks there are and what each holds."""
-    cut = parser.add_argument_group("the cut")
-    add_ranks(cut)
+def add_shares(cut: Any, preset: GenerateOptions | BenchOptions | FetchOptions) -> None:
     add(cut, "--experts", choices=EXPERTS, default=preset.experts,
         help="cut each routed expert by columns, or give each rank whole experts")
     add(cut, "--attention", choices=ATTENTION, default=preset.attention,
         help="share the heads out, or give each rank all of them: a sum a layer less, for more memory; equal machines")
     add(cut, "--weights", metavar="W,W,...", type=positives, help="each rank's share of the work, such as 2,1,1")
+
+
+def add_cut(parser: argparse.ArgumentParser, preset: GenerateOptions | BenchOptions) -> Any:
+    """The group of flags that say how many ranks there are and what each holds."""
+    cut = parser.add_argument_group("the cut")
+    add_ranks(cut)
+    add_shares(cut, preset)
     add(cut, "--dtype", choices=DTYPES,
         help="of activations and unquantised weights; default: bfloat16 on a GPU, float32 on the CPU")
     return cut
@@ -533,6 +587,55 @@ def add_links(parser: argparse.ArgumentParser) -> None:
     add(parser, "--repeats", metavar="N", type=whole(1), default=preset.repeats,
         help="runs for each figure; of slow ones fewer")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+
+
+def add_formats(parser: argparse.ArgumentParser, title: str) -> Any:
+    formats = parser.add_argument_group(title)
+    add(formats, "--bits", metavar="N", type=whole(2, 8), help="bits of a weight (3, 4, 5, 6 or 8)")
+    add(formats, "--group-size", metavar="N", type=whole(16), help="weights that share one scale (32, 64 or 128)")
+    add(formats, "--mode", choices=MODES, help="affine, where only --bits is given")
+    return formats
+
+
+def add_conversion(parser: argparse.ArgumentParser) -> None:
+    """The flags of what is got from the hub and made of it."""
+    formats = add_formats(parser, "formats, if not the checkpoint's own")
+    add(formats, "--overrides", metavar="FILE", type=nonempty,
+        help='YAML, other formats for some modules: \'"*.self_attn.*": {bits: 8}\' or \'"*lm_head": false\'; the last '
+        "match counts")
+    hub = parser.add_argument_group("the hub")
+    add(hub, "--connections", metavar="N", type=whole(1, 64), default=CONNECTIONS, help="ranges asked for at a time")
+    hub.add_argument("--range-size", metavar="SIZE", type=size, default=RANGE_SIZE,
+        help="bytes of one range, as 512KiB or 16MiB: as much is fetched again after an interruption, for each "
+        "connection (default: 16MiB)")
+
+
+def add_fetch(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Get from the hub, or from a directory, what each rank needs of a checkpoint, and keep it in the rank's store "
+        "(M3DIST_STORE, or ~/.cache/m3dist/store). Each byte crosses the internet once; what several ranks need, they "
+        "exchange. Goes on where it was interrupted, and fetches anew what is damaged."
+    )
+    parser.set_defaults(call=partial(fetch, parser))
+    preset = FetchOptions("")
+    parser.add_argument("model", metavar="HUB_ID|DIR", type=nonempty, help="owner/name[@revision], or a directory")
+    cut = parser.add_argument_group("the cut")
+    add_ranks(cut)
+    add(cut, "--world", metavar="N", type=whole(1, MAX_RANKS), help="with --rank: without the others, who are N in all")
+    add(cut, "--rank", metavar="R", type=whole(0, MAX_RANKS - 1), help="with --world: what rank R needs, here")
+    add_shares(cut, preset)
+    add_conversion(parser)
+
+
+def add_convert(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Write a checkpoint from the hub or a directory in other formats, as mlx-lm and m3dist read it; block by "
+        "block, whatever its size. Goes on where it was interrupted."
+    )
+    parser.set_defaults(call=partial(convert, parser))
+    parser.add_argument("model", metavar="HUB_ID|DIR", type=nonempty, help="owner/name[@revision], or a directory")
+    parser.add_argument("out", metavar="OUT", type=nonempty, help="directory to write; must not be there yet")
+    add_conversion(parser)
 
 
 def add_store(parser: argparse.ArgumentParser) -> None:
@@ -648,14 +751,16 @@ def counts(text: str) -> tuple[int, ...]:
 
 def sizes(text: str) -> tuple[int, ...]:
     """Comma-separated sizes in bytes, KiB or MiB: multiples of 4 bytes, whole values of every dtype, up to 256 MiB."""
-    found = []
-    for part in text.split(","):
-        match = re.fullmatch(r"([0-9]{1,9})(B|KiB|MiB)?", part)
-        count = int(match[1]) * {"KiB": 2**10, "MiB": 2**20}.get(match[2], 1) if match else 0
-        if not 4 <= count <= 2**28 or count % 4:
-            raise argparse.ArgumentTypeError(f"must be a multiple of 4 up to 256MiB, such as 12KiB, not {part!r}")
-        found.append(count)
-    return tuple(found)
+    return tuple(size(part) for part in text.split(","))
+
+
+def size(text: str) -> int:
+    """One of `sizes`."""
+    match = re.fullmatch(r"([0-9]{1,9})(B|KiB|MiB)?", text)
+    count = int(match[1]) * {"KiB": 2**10, "MiB": 2**20}.get(match[2], 1) if match else 0
+    if not 4 <= count <= 2**28 or count % 4:
+        raise argparse.ArgumentTypeError(f"must be a multiple of 4 up to 256MiB, such as 12KiB, not {text!r}")
+    return count
 
 
 def variable(text: str) -> tuple[str, str]:

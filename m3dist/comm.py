@@ -14,6 +14,7 @@ from functools import lru_cache
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 import m3dist
 from m3dist.errors import CommunicationError
@@ -51,14 +52,16 @@ class Comm:
         """Every rank's `value` (anything JSON can hold), in rank order."""
         data = json.dumps(value).encode()
         sizes = self.all_gather(mx.array([len(data)], dtype=mx.uint32))
-        width = int(sizes.max().item())
-        padded = mx.array(list(data.ljust(width)), dtype=mx.uint8)
-        rows = self.all_gather(padded).tolist()
-        return [json.loads(bytes(row)) for row in rows]
+        padded = np.frombuffer(data.ljust(int(sizes.max().item())), np.uint8)
+        return [json.loads(bytes(row)) for row in np.array(self.all_gather(mx.array(padded)), copy=False)]
 
     def object_from_rank_0(self, value: Any = None) -> Any:
         """Rank 0's `value` (anything JSON can hold); the others' is ignored."""
-        return self.gather_objects(value if self.rank == 0 else None)[0]
+        data = json.dumps(value).encode() if self.rank == 0 else b""
+        words = self.from_rank_0(mx.array([-(-len(data) // 4)], dtype=mx.uint32)).item()
+        padded = np.frombuffer(data.ljust(4 * words if self.rank == 0 else 0), np.uint32)
+        sent = self.from_rank_0(mx.array(padded) if self.rank == 0 else mx.zeros(words, dtype=mx.uint32))
+        return json.loads(bytes(np.array(sent, copy=False)))
 
     def barrier(self) -> None:
         """Return when every rank is here."""

@@ -1,4 +1,4 @@
-"""What `m3dist generate`, `bench` and `bench links` were asked to do, and the words the flags know. No MLX."""
+"""What `m3dist generate`, `bench`, `fetch` and `convert` were asked to do, and the words the flags know. No MLX."""
 
 from dataclasses import dataclass
 
@@ -12,6 +12,8 @@ MAX_RANKS = 16
 # Tokens of a prompt computed at a time where --prefill-chunk is left out. On a GPU as mlx-lm's generators do.
 # On the CPU 2,048 tokens of a small 4-bit model took 10 s at 512 a time as at 2048, above the weights 48 and 140 MiB.
 GPU_PREFILL_CHUNK, CPU_PREFILL_CHUNK = 2048, 512
+CONNECTIONS = 8  # ranges that a rank asks the hub for at a time
+RANGE_SIZE = 16 << 20  # bytes of a range, at most, unless a row has more
 DECODE_SUM = 12 * 1024  # bytes that MiniMax-M3 sums at a time in decode: a token's hidden state in bfloat16
 
 
@@ -64,6 +66,38 @@ class BenchOptions:
     experts: str = "columns"  # one of EXPERTS
     attention: str = "heads"  # one of ATTENTION
     weights: tuple[float, ...] | None = None  # each rank's share of the work, > 0; None: equal
+
+
+@dataclass(frozen=True)
+class FetchOptions:
+    """What to fetch, for which cut and in which formats. Every value is in range; `weights` has one entry per rank."""
+
+    model: str  # hub id, or a directory
+    mode: str | None = None  # one of MODES; with bits, group_size and overrides: formats other than the checkpoint's
+    bits: int | None = None
+    group_size: int | None = None
+    overrides: str | None = None  # file of formats by pattern
+    experts: str = "columns"  # one of EXPERTS
+    attention: str = "heads"  # one of ATTENTION
+    weights: tuple[float, ...] | None = None  # each rank's share of the work, > 0; None: equal
+    rank: int | None = None  # with `world`: this machine fetches alone what that rank of so many needs
+    world: int | None = None
+    connections: int = CONNECTIONS  # >= 1
+    range_size: int = RANGE_SIZE  # >= 1
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """What to convert, to where, and to which formats. Every value is in range."""
+
+    model: str  # hub id, or a directory
+    out: str  # a directory that is not there yet
+    mode: str | None = None  # as FetchOptions
+    bits: int | None = None
+    group_size: int | None = None
+    overrides: str | None = None
+    connections: int = CONNECTIONS
+    range_size: int = RANGE_SIZE
 
 
 @dataclass(frozen=True)

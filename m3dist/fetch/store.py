@@ -484,13 +484,7 @@ def publish(work: Path, entry: Path) -> None:
     read_manifest(work)
     old = _beside(entry, OLD)
     try:
-        for name in os.listdir(work):
-            descriptor = os.open(work / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-            try:
-                _sync(descriptor)
-            finally:
-                os.close(descriptor)
-        _sync_directory(work)
+        sync_all(work)
         if entry.exists():
             _discard(old)
             os.rename(entry, old)
@@ -522,6 +516,17 @@ def _discard(directory: Path) -> None:
             shutil.rmtree(aside)
     except OSError as error:
         raise StoreError(f"{directory}: {error.strerror}") from None
+
+
+def sync_all(directory: Path) -> None:
+    """Bring a directory of plain files to the disk."""
+    for name in os.listdir(directory):
+        descriptor = os.open(directory / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            _sync(descriptor)
+        finally:
+            os.close(descriptor)
+    _sync_directory(directory)
 
 
 def _sync(descriptor: int) -> None:

@@ -4,18 +4,19 @@ goes in them. A rank's entry in the store and a converted checkpoint are both su
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 
 from m3dist.layout import COLUMNS, Span
 from m3dist.plan import Plan
 from m3dist.reads import kept_rows
-from m3dist.tensors import BYTES, TensorSpec
+from m3dist.tensors import BYTES, TensorSpec, split_name
 
 LARGEST_FILE = 1 << 30  # bytes of a store's file: as much is fetched again where one is damaged
 
 
 @dataclass(frozen=True)
 class Part:
-    """Rows of a whole tensor of ours, all axes but the last flattened; of each the stored elements `columns`, or all."""
+    """Rows of a whole tensor of ours, all axes but the last flattened; of each row the stored elements `columns`."""
 
     tensor: str
     rows: Span
@@ -63,18 +64,21 @@ class OutputFile:
 def lay_out(
     tensors: Sequence[OutputTensor], largest: int, names: Callable[[int], Sequence[str]]
 ) -> tuple[OutputFile, ...]:
-    """Files for `tensors`, in order, each of at most `largest` bytes of tensors unless a single one has more.
+    """Files for `tensors`, in order, each of at most `largest` bytes of tensors unless a single module has more: the
+    tensors of a module are fetched together.
 
     `names` gives as many file names as it is asked for.
     """
     groups: list[list[OutputTensor]] = []
     size = 0
-    for tensor in tensors:
-        if not groups or size + tensor.spec.nbytes > largest:
+    for _, module in groupby(tensors, key=lambda tensor: split_name(tensor.name)[0]):
+        together = list(module)
+        nbytes = sum(tensor.spec.nbytes for tensor in together)
+        if not groups or size + nbytes > largest:
             groups.append([])
             size = 0
-        groups[-1].append(tensor)
-        size += tensor.spec.nbytes
+        groups[-1] += together
+        size += nbytes
     return tuple(_file(name, group) for name, group in zip(names(len(groups)), groups, strict=True))
 
 

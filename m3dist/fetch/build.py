@@ -1,0 +1,256 @@
+"""Carries out a schedule: threads get blocks from the source, this thread converts, writes and passes them on.
+
+All ranks go through the same rounds: each says how far it is and whether it failed, a few times a second, and what is
+ready at all of them is exchanged. So none ever waits in a collective for another's download.
+"""
+
+import time
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from m3dist.checkpoint import Files, StoredTensor
+from m3dist.comm import Comm
+from m3dist.errors import CommunicationError
+from m3dist.fetch.display import Tally
+from m3dist.fetch.places import Format, Placed, Rows
+from m3dist.fetch.quantize import requantise
+from m3dist.fetch.schedule import Area, Block, Extent, Item, SourcePiece, rounds
+from m3dist.fetch.work import Work
+from m3dist.layout import Span
+from m3dist.numbers import HOLDERS, fill
+from m3dist.reads import Read
+from m3dist.tensors import FLOATS, Inventory, split_name
+from m3dist.translation import Assembly, Translation
+
+TICK = 0.2  # seconds between words of the ranks to each other, while they wait for the source
+SPOOLED = 32  # blocks a rank fetches for others ahead of them
+
+
+class Source:
+    """A checkpoint's tensors by rows of our modules."""
+
+    def __init__(self, files: Files, stored: Mapping[str, StoredTensor], translation: Translation):
+        self.files, self.stored, self.inventory = files, stored, translation.inventory
+        self.leaves: dict[str, dict[str, Assembly]] = {}
+        for tensor, assembly in translation.assemblies.items():
+            self.leaves.setdefault(split_name(tensor)[0], {})[tensor] = assembly
+        self.starts = {t: [piece.at for piece in a.pieces] for t, a in translation.assemblies.items()}
+
+    def extent(self, module: str, columns: int) -> Extent:
+        """How a module lies in the source."""
+        leaves = self.leaves[module].values()
+        ends = sorted({end for leaf in leaves for piece in leaf.pieces for end in (piece.at, piece.at + piece.rows)})
+        pieces = []
+        for start, stop in zip(ends, ends[1:]):
+            reads = [self._read(leaf, tensor, (start, stop)) for tensor, leaf in self.leaves[module].items()]
+            files = {t.file.name for read in reads for t in (read.source, read.scale) if t}
+            pieces.append(SourcePiece((start, stop), sum(read.row_bytes for read in reads), frozenset(files)))
+        return Extent(columns, tuple(pieces))
+
+    def fetch(self, module: str, rows: Span) -> Rows:
+        """A block of one piece, all leaves, in the source's own format: arrays [rows, columns] of HOLDERS' types."""
+        found = {}
+        for tensor, assembly in self.leaves[module].items():
+            target = np.empty((rows[1] - rows[0], assembly.spec.shape[-1]), HOLDERS[assembly.spec.dtype])
+            fill(self._read(assembly, tensor, rows), target, assembly.spec.dtype, self.files)
+            found[split_name(tensor)[1]] = target
+        return found
+
+    def _read(self, assembly: Assembly, tensor: str, rows: Span) -> Read:
+        piece = assembly.pieces[bisect_right(self.starts[tensor], rows[0]) - 1]
+        scale = self.stored[piece.scale] if piece.scale else None
+        row = piece.row + rows[0] - piece.at
+        return Read(tensor, self.stored[piece.tensor], row, rows[1] - rows[0], 0, scale=scale)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a rank has already: files of a target, of which `areas` may be relied on."""
+
+    placed: Placed
+    areas: Mapping[str, Sequence[Area]]
+
+    def has(self, module: str, rows: Span, columns: Span) -> bool:
+        return any(
+            area.rows[0] <= rows[0] < area.rows[1] and area.columns[0] <= columns[0] and columns[1] <= area.columns[1]
+            for area in self.areas.get(module, ())
+        )
+
+
+class Build:
+    """One rank's part of a schedule."""
+
+    def __init__(
+        self,
+        comm: Comm,
+        blocks: Sequence[Block],
+        source: Source,
+        target: Inventory,
+        work: Work,
+        kept: Sequence[Kept],
+        connections: int,
+    ):
+        self.comm, self.blocks, self.source, self.target = comm, blocks, source, target
+        self.work, self.form, self.kept, self.connections = work, work.form, kept, connections
+        self.rounds = rounds(blocks, comm.world)
+        self.exchanged = 0  # rounds
+        self.items = deque(pair[comm.rank] for pair in self.rounds if pair[comm.rank])
+        self.droppable: list[int] = []
+        rank = comm.rank
+        self.parts = {n: len(b.givers) for n, b in enumerate(blocks) if any(taker == rank for taker, _ in b.takers)}
+        self.wanted = len(self.parts)
+        mine = [n for n, block in enumerate(blocks) if block.fetched and block.owner == rank]
+        self.shared = deque(n for n in mine if blocks[n].shared)
+        self.direct = deque(n for n in mine if not blocks[n].shared)
+        self.copies = deque(n for n, b in enumerate(blocks) if not b.fetched and not b.shared and b.owner == rank)
+        self.spooled: set[int] = set()
+        self.total, self.got = sum(blocks[n].source_bytes for n in mine), 0
+        self.pending: dict[Future[Rows], int] = {}
+
+    def run(self, report: Callable[[list[Tally]], None]) -> None:
+        """Do it all. `report` gets every rank's tally a few times a second. Raises this rank's own error, or
+        CommunicationError with the first failing rank's."""
+        error: Exception | None = None
+        with ThreadPoolExecutor(self.connections) as pool:
+            try:
+                while True:
+                    try:
+                        if error is None:
+                            self._work(pool)
+                    except Exception as caught:  # whatever it is, the others must not wait for this rank
+                        error = caught
+                    if self._meet(error, report):
+                        return
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+
+    def _work(self, pool: ThreadPoolExecutor) -> None:
+        """What this rank can do alone, for about TICK seconds."""
+        until = time.monotonic() + TICK
+        while True:
+            self._start(pool)
+            if self.copies:
+                self._copy(self.copies.popleft())
+            left = 0.0 if self.copies else max(0.0, until - time.monotonic())
+            ended, _ = wait(self.pending, left, FIRST_COMPLETED) if self.pending else (set(), None)
+            for future in ended:
+                self._take(self.pending.pop(future), future.result())
+            if time.monotonic() >= until or not (self.copies or self.pending):
+                return
+
+    def _start(self, pool: ThreadPoolExecutor) -> None:
+        """Keep every connection busy: with what others wait for, as long as they follow."""
+        while len(self.pending) < self.connections and (self.shared or self.direct):
+            ahead = len(self.spooled) + sum(self.blocks[n].shared for n in self.pending.values())
+            queue = self.shared if self.shared and (ahead < SPOOLED) else self.direct
+            if not queue:
+                return
+            number = queue.popleft()
+            block = self.blocks[number]
+            self.pending[pool.submit(self.source.fetch, block.module, block.rows)] = number
+
+    def _take(self, number: int, fetched: Rows) -> None:
+        """A block came: convert it, and put it in place or keep it for the exchange."""
+        block = self.blocks[number]
+        self.got += block.source_bytes
+        leaves = self._converted(block.module, fetched)
+        if block.shared:
+            self.work.spool(block.module, block.rows, leaves)
+            self.spooled.add(number)
+        else:
+            self._place(number, leaves, (0, self.form.columns(block.module)))
+
+    def _converted(self, module: str, fetched: Rows) -> Rows:
+        before, after = (i.quantization.get(module) for i in (self.source.inventory, self.target))
+        tensors = {split_name(tensor)[1]: tensor for tensor in self.form.leaves[module]}
+        if before != after:
+            floats = [d for d in (self.form.specs[tensor].dtype for tensor in tensors.values()) if d in FLOATS]
+            fetched = requantise(fetched, before, after, *floats[:1])
+        return {tensors[leaf]: array.view(np.uint8) for leaf, array in fetched.items()}
+
+    def _copy(self, number: int) -> None:
+        """From what this rank keeps itself."""
+        block = self.blocks[number]
+        _, columns = block.givers[0]
+        self._place(number, self._kept(block, columns), columns)
+
+    def _kept(self, block: Block, columns: Span) -> Rows:
+        if leaves := self.work.unspool(block.module, block.rows):
+            return _columns(self.form, leaves, columns)
+        kept = next(kept for kept in self.kept if kept.has(block.module, block.rows, columns))
+        return kept.placed.read(block.module, block.rows, columns)
+
+    def _place(self, number: int, leaves: Rows, columns: Span) -> None:
+        block = self.blocks[number]
+        self.work.place(leaves, block.rows, columns)
+        self.parts[number] -= 1
+        if not self.parts[number]:
+            del self.parts[number]
+            self.work.note(block.module, block.rows)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Together
+
+    def _meet(self, error: Exception | None, report: Callable[[list[Tally]], None]) -> bool:
+        """Tell the others, hear them, and exchange what is ready everywhere. True once all are done."""
+        ready = self._ready()
+        tally = (self.got, self.total, self.wanted - len(self.parts), self.wanted)
+        own = {"failed": error and f"{type(error).__name__}: {error}", "ready": ready, "tally": tally}
+        said = self.comm.gather_objects(own)
+        for number in self.droppable:  # every rank has noted them, or it could not have come here
+            self.work.drop(self.blocks[number].module, self.blocks[number].rows)
+        self.droppable.clear()
+        if error:
+            raise error
+        for rank, word in enumerate(said):
+            if word["failed"]:
+                raise CommunicationError(f"rank {rank} failed: {word['failed']}")
+        report([Tally(*word["tally"]) for word in said])
+        if self.exchanged == len(self.rounds):
+            return all(word["tally"][2] == word["tally"][3] for word in said)
+        for _ in range(min(word["ready"] for word in said) - self.exchanged):
+            self._exchange(self.rounds[self.exchanged])
+            self.exchanged += 1
+        return False
+
+    def _ready(self) -> int:
+        """How many rounds could be gone through as far as this rank is concerned."""
+        count = self.exchanged
+        while count < len(self.rounds):
+            item = self.rounds[count][self.comm.rank]
+            if item and self.blocks[item.block].fetched and item.block not in self.spooled:
+                break
+            count += 1
+        return count
+
+    def _exchange(self, items: Sequence[Item | None]) -> None:
+        """One round: every rank's item to all of them; each puts in place what it wants."""
+        blocks = self.blocks
+        sizes = [self.form.nbytes(blocks[i.block].module, blocks[i.block].rows, i.columns) if i else 0 for i in items]
+        given = np.zeros(max(sizes), np.uint8)
+        if own := items[self.comm.rank]:
+            block = blocks[own.block]
+            given[: sizes[self.comm.rank]] = self.form.join(block.module, self._kept(block, own.columns))
+        gathered = np.array(self.comm.all_gather(mx.array(given)), copy=False)
+        for rank, item in enumerate(items):
+            if not item:
+                continue
+            block = blocks[item.block]
+            if item.block in self.parts:
+                data = gathered[rank, : sizes[rank]]
+                self._place(item.block, self.form.split(block.module, block.rows, item.columns, data), item.columns)
+            if rank == self.comm.rank and block.fetched:
+                self.spooled.discard(item.block)
+                self.droppable.append(item.block)
+
+
+def _columns(form: Format, leaves: Rows, columns: Span) -> Rows:
+    """Some columns of whole rows."""
+    spans = {tensor: form.bytes_of(tensor, columns) for tensor in leaves}
+    return {tensor: data[:, spans[tensor][0] : spans[tensor][1]] for tensor, data in leaves.items()}

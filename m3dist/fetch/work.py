@@ -1,0 +1,209 @@
+"""A target that is being written: its files at full length, a journal of the rows in place, and rows to pass on. Killed
+at any moment, it goes on from there. No MLX.
+
+    DIRECTORY/model-00001-of-00002.safetensors ...   every row at its final place
+    DIRECTORY/.journal                               a line for each block that is in place
+    DIRECTORY/.spool/MODULE@FIRST-LAST               a block, whole, that other ranks wait for
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+
+import numpy as np
+
+from m3dist.errors import StoreError
+from m3dist.fetch.places import Format, Placed, Rows
+from m3dist.fetch.schedule import Area
+from m3dist.fetch.target import OutputFile
+from m3dist.layout import Span
+
+JOURNAL, SPOOL = ".journal", ".spool"
+SYNC_INTERVAL = 30.0  # seconds: as much is fetched again after a power cut; after a kill nothing is
+
+
+class Work:
+    """The work directory at `directory`, made or gone on with: `files` of the target.
+
+    `identity`, one line, says what is being written; there must be nothing of another identity. `intact` are files
+    that are there already, elsewhere on the same disk.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        files: Sequence[OutputFile],
+        form: Format,
+        identity: str,
+        intact: Mapping[str, Path] = MappingProxyType({}),
+    ):
+        self.directory, self.form = directory, form
+        self.open_files = [file for file in files if file.name not in intact]
+        self.done: dict[str, list[Span]] = {}
+        self.spools: dict[str, list[Span]] = {}
+        self.synced = time.monotonic()
+        try:
+            (directory / SPOOL).mkdir(parents=True, exist_ok=True)
+            lines = _lines(directory, identity)
+            if lines is None:  # a new one, or one that was killed while it was being made
+                for file in self.open_files:
+                    self._prepare(file)
+                for name, path in intact.items():
+                    (directory / name).unlink(missing_ok=True)
+                    os.link(path, directory / name)
+                made = directory / f"{JOURNAL}.new"
+                made.write_text(f"{identity}\n")
+                os.rename(made, directory / JOURNAL)
+            self.journal = os.open(directory / JOURNAL, os.O_WRONLY | os.O_APPEND)
+            self._note(f"boot {boot()}")
+        except OSError as error:
+            raise StoreError(f"{directory}: {error.strerror or error}") from None
+        for line in lines or ():
+            module, first, last = line.split()
+            self.done.setdefault(module, []).append((int(first), int(last)))
+        self._find_spools()
+        self.placed = Placed(directory, self.open_files, form, os.O_RDWR)
+
+    @staticmethod
+    def identity(directory: Path) -> str | None:
+        """What is being written in a work directory; None where there is none."""
+        try:
+            with open(directory / JOURNAL) as journal:
+                return journal.readline().rstrip("\n")
+        except FileNotFoundError:
+            return None
+
+    def place(self, leaves: Rows, rows: Span, columns: Span) -> None:
+        """Write an area's rows; they count as there once `note` says so."""
+        self.placed.write(leaves, rows, columns)
+
+    def note(self, module: str, rows: Span) -> None:
+        """All that is wanted of these rows is in place."""
+        self._note(f"{module} {rows[0]} {rows[1]}")
+        if time.monotonic() - self.synced > SYNC_INTERVAL:
+            self.sync()
+
+    def sync(self) -> None:
+        """What is noted survives a power cut from here on."""
+        for descriptor in self.placed.descriptors.values():
+            os.fsync(descriptor)
+        self._note("synced")
+        os.fsync(self.journal)
+        self.synced = time.monotonic()
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Blocks for others
+
+    def spool(self, module: str, rows: Span, leaves: Rows) -> None:
+        """Keep a block until the others have it."""
+        path = self._spooled(module, rows)
+        made = path.with_name(f".{path.name}")
+        self.form.join(module, leaves).tofile(made)
+        os.rename(made, path)
+        self.spools.setdefault(module, []).append(rows)
+
+    def _find_spools(self) -> None:
+        """Every whole block kept for others."""
+        for path in sorted((self.directory / SPOOL).iterdir()):
+            match = re.fullmatch(r"([^.].*)@(\d+)-(\d+)", path.name)
+            if match and match[1] in self.form.leaves:
+                rows, columns = (int(match[2]), int(match[3])), (0, self.form.columns(match[1]))
+                if path.stat().st_size == self.form.nbytes(match[1], rows, columns):
+                    self.spools.setdefault(match[1], []).append(rows)
+
+    def unspool(self, module: str, rows: Span) -> Rows | None:
+        """Rows that were kept, whole, or None."""
+        for kept in self.spools.get(module, ()):
+            if kept[0] <= rows[0] and rows[1] <= kept[1]:
+                data = np.fromfile(self._spooled(module, kept), np.uint8)
+                leaves = self.form.split(module, kept, (0, self.form.columns(module)), data)
+                return {tensor: leaf[rows[0] - kept[0] : rows[1] - kept[0]] for tensor, leaf in leaves.items()}
+        return None
+
+    def drop(self, module: str, rows: Span) -> None:
+        """Every rank has it."""
+        self.spools[module].remove(rows)
+        self._spooled(module, rows).unlink()
+
+    def _spooled(self, module: str, rows: Span) -> Path:
+        return self.directory / SPOOL / f"{module}@{rows[0]}-{rows[1]}"
+
+    def spooled(self) -> dict[str, list[Area]]:
+        """Module -> what is kept for others."""
+        columns = {module: (0, self.form.columns(module)) for module in self.spools}
+        return {module: [Area(rows, columns[module]) for rows in spans] for module, spans in self.spools.items()}
+
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def missing_bytes(self) -> int:
+        """Disk that the files will still take."""
+        held = sum((self.directory / file.name).stat().st_blocks * 512 for file in self.open_files)
+        return max(0, sum(file.nbytes for file in self.open_files) - held)
+
+    def close(self) -> None:
+        self.placed.close()
+        if self.journal >= 0:
+            os.close(self.journal)
+            self.journal = -1
+
+    def remove(self) -> None:
+        """There is nothing more to do here."""
+        self.close()
+        shutil.rmtree(self.directory)
+
+    def _prepare(self, file: OutputFile) -> None:
+        with open(self.directory / file.name, "wb") as made:
+            made.write(file.header)
+            made.truncate(file.nbytes)
+
+    def _note(self, line: str) -> None:
+        os.write(self.journal, line.encode() + b"\n")
+
+
+def tidy(directory: Path) -> None:
+    """Leave nothing but the files, once nothing is to be written any more."""
+    shutil.rmtree(directory / SPOOL, ignore_errors=True)
+    (directory / JOURNAL).unlink(missing_ok=True)
+
+
+def _lines(directory: Path, identity: str) -> list[str] | None:
+    """The lines of blocks that can be relied on; None where there is no journal."""
+    try:
+        text = (directory / JOURNAL).read_text()
+    except FileNotFoundError:
+        return None
+    first, *rest = text[: text.rfind("\n") + 1].splitlines()  # the last line may be cut off
+    if first != identity:
+        raise StoreError(f"{directory} holds something else, unfinished; remove it, or name another directory")
+    running = ""
+    sure: list[str] = []
+    fresh: list[str] = []
+    for line in (*rest, f"boot {boot()}"):
+        if line == "synced":
+            sure, fresh = sure + fresh, []
+        elif line.startswith("boot "):
+            if line != running:  # what was not on the disk before the machine went down may be lost
+                running, fresh = line, []
+        elif re.fullmatch(r"\S+ \d+ \d+", line):
+            fresh.append(line)
+    return sure + fresh
+
+
+def boot() -> str:
+    """A word that is another one after each start of the machine."""
+    if sys.platform == "darwin":
+        asked = subprocess.run(["sysctl", "-n", "kern.bootsessionuuid"], capture_output=True, text=True)
+        return asked.stdout.strip() or "unknown"
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def identity_of(**facts: object) -> str:
+    """One line for what is being written."""
+    return json.dumps(facts, sort_keys=True, separators=(",", ":"))
