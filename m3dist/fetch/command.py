@@ -4,7 +4,7 @@ import shlex
 from collections.abc import Sequence
 
 from m3dist.fetch.manifest import Manifest
-from m3dist.tensors import Quantization
+from m3dist.tensors import Quantization, modules
 
 
 def fetch_command(
@@ -38,7 +38,8 @@ def refetch_command(manifest: Manifest) -> str:
     where = f"--world {manifest.world} --rank {manifest.rank}" if manifest.world > 1 else ""
     cut = {"experts": manifest.experts, "attention": manifest.attention}
     wanted = converted_to(manifest)
-    formats = {own for name, own in manifest.quantization.items() if not name.endswith(".gate")}
+    matrices = [m for m in modules(manifest.inventory().config).values() if m.is_matrix and not m.exact]
+    formats = {manifest.quantization.get(module.name) for module in matrices}
     overrides = " --overrides FILE" if wanted and formats != {wanted} else ""
     return fetch_command(model, where, weights=manifest.weights, quantization=wanted, **cut) + overrides
 
