@@ -77,30 +77,30 @@ class Limits:
 def describe(repo: str, revision: str | None = None, limits: Limits = Limits(attempts=4)) -> Repository:
     """The commit that `revision` (a branch, a tag or a commit; by default the main branch) is now, and its files.
 
-    Where the hub cannot be reached, or HF_HUB_OFFLINE is set, what the hub's cache holds of it. Raises CheckpointError
-    where there is no such repository, it is private or gated, or its listing is not to be trusted.
+    Where the hub is down or cannot be reached, or HF_HUB_OFFLINE is set, what the hub's cache holds of it. Raises
+    CheckpointError where there is no such repository, it is private or gated, or its listing is not to be trusted.
     """
     from huggingface_hub import HfApi, errors
 
     model = f"{repo}@{revision}" if revision else repo
     tries = _Tries(limits, Event())
-    unreachable: tuple[type[Exception], ...] = (errors.OfflineModeIsEnabled, *_network_errors())
+    at_the_hub: tuple[type[Exception], ...] = (errors.HfHubHTTPError, errors.OfflineModeIsEnabled, *_network_errors())
     while True:
         try:
             info = HfApi(library_name=LIBRARY).model_info(
                 repo, revision=revision, files_metadata=True, timeout=limits.timeout
             )
             break
-        except errors.HfHubHTTPError as error:
-            if not tries.again(error):
+        except at_the_hub as error:
+            if tries.again(error):
+                continue
+            answered = isinstance(error, errors.HfHubHTTPError)
+            if (not answered or _may_pass(error)) and (cached := _cached_repository(repo, revision)):
+                return cached
+            if answered:
                 raise hub_error(model, error) from None
-        except unreachable as error:
-            if not tries.again(error):
-                if cached := _cached_repository(repo, revision):
-                    return cached
-                raise CheckpointError(
-                    f"{hub_error(model, errors.LocalEntryNotFoundError(model))}: {_text(error)}"
-                ) from None
+            silence = hub_error(model, errors.LocalEntryNotFoundError(model))
+            raise CheckpointError(f"{silence}: {_text(error)}") from None
         except (ValueError, TypeError, KeyError) as error:  # a repository's name, or a listing, that is none
             raise CheckpointError(f"{model}: no listing: {_text(error)}") from None
     if not re.fullmatch(r"[0-9a-f]{40}", str(info.sha)):
@@ -132,7 +132,7 @@ def _is_path(name: Any) -> bool:
     """Whether it is a printable relative path, down and in its shortest form."""
     if not isinstance(name, str) or not name.isprintable() or "\\" in name:
         return False
-    return name == posixpath.normpath(name) and not name.startswith(("/", "..")) and name != "."
+    return name == posixpath.normpath(name) and name[:1] != "/" and name.split("/")[0] not in (".", "..")
 
 
 def _cached_repository(repo: str, revision: str | None) -> Repository | None:
