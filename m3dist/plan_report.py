@@ -73,7 +73,7 @@ def inventory_of(model: str, mode: str | None, bits: int | None, group_size: int
         return open_checkpoint(directory).translate().inventory, f"{directory}, from its files"
     if directory:
         return converted(ModelConfig.from_dict(read_config(directory)), wanted), f"{directory}, from its config.json"
-    name = model.rpartition("/")[2]
+    name = model.partition("@")[0].rpartition("/")[2]
     if match := re.fullmatch(r"(MiniMax-M3)-(?:(\d)bit|(mxfp4|mxfp8|nvfp4))", name):
         name, wanted = match[1], wanted or quantization_of(match[3], int(match[2]) if match[2] else None, None)
     path = PUBLISHED / f"{name}.json"

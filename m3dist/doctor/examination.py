@@ -1,7 +1,7 @@
 """What `m3dist doctor` has seen, and a finding made of it. No MLX."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -43,8 +43,9 @@ class Examination:
     ours: Mapping[str, Any]
     measured: Sequence[Measured] = ()
     model: str | None = None  # as --model was given
-    plan: Plan | None = None  # of that model, over all ranks
+    plan: Plan | None = None  # of that model, over all ranks, in the format it has at the hub
     context: int = 0  # tokens to make room for
+    cut: Mapping[str, Any] = field(default_factory=dict)  # weights, experts and attention, where they were given
 
     @property
     def hosts(self) -> Sequence[Host]:
@@ -83,13 +84,37 @@ class Examination:
         """The first entry of the machine that host number `host` is on."""
         return next(other for other in range(len(self.hosts)) if not self.apart(other, host))
 
+    def on_machine(self, host: int) -> list[int]:
+        """The ranks that run on a host's machine, those of other entries of the hostfile included."""
+        together = [other for other in range(len(self.hosts)) if not self.apart(host, other)]
+        return [rank for other in together for rank in self.ranks(other)]
+
+    @cached_property
+    def kept(self) -> Mapping[int, Mapping[str, Any]]:
+        """Rank -> what its host's store keeps for it, as kept.py says: of the newest revision and format that any has.
+
+        That is what a launch looks for, too.
+        """
+        own = [
+            entry
+            for number, report in self.reached()
+            for entry in report.store.get("entries", [])
+            if entry["rank"] in self.ranks(number)
+        ]
+        newest = max(own, key=lambda entry: str(entry["created"]), default=None)
+        key = newest and (newest["revision"], newest["plan"])
+        return {entry["rank"]: entry for entry in own if (entry["revision"], entry["plan"]) == key}
+
     def needed(self, host: int) -> int | None:
         """Bytes of weights and cache that all ranks on a host's machine hold; None without a plan."""
         if self.plan is None:
             return None
-        plan, together = self.plan, [other for other in range(len(self.hosts)) if not self.apart(host, other)]
-        ranks = [rank for other in together for rank in self.ranks(other)]
-        return sum(plan.bytes_held(rank) + self.context * plan.cache_bytes_per_token(rank) for rank in ranks)
+        plan, kept = self.plan, self.kept
+        return sum(
+            (kept[rank]["bytes"] if rank in kept else plan.bytes_held(rank))
+            + self.context * plan.cache_bytes_per_token(rank)
+            for rank in self.on_machine(host)
+        )
 
 
 def gib(count: float) -> str:

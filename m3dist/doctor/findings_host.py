@@ -1,11 +1,12 @@
 """What `m3dist doctor` makes of each host by itself: MLX, memory, disk, settings, clock. Pure. No MLX."""
 
-import re
-from collections.abc import Callable, Iterator, Mapping
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from m3dist.doctor.examination import Examination, Finding, Look, gib
 from m3dist.doctor.report import HostReport
 from m3dist.errors import PlanError
+from m3dist.fetch.command import fetch_command
 from m3dist.metal import ACTIVATIONS, fast_synch_risk, wiring
 from m3dist.plan_report import RESERVE_GIB, room
 
@@ -86,7 +87,7 @@ def wired_limit(seen: Examination, number: int, report: HostReport) -> Iterator[
 
 
 def disk(seen: Examination, number: int, report: HostReport) -> Iterator[Look]:
-    """Whether the host has the checkpoint, or room for it."""
+    """Whether the host has the checkpoint, or its ranks' slices, or room for them."""
     directory, model = report.raw["directory"], report.raw["model"]
     if directory["problem"]:
         yield Look("error", directory["problem"], "or create that directory there")
@@ -96,19 +97,47 @@ def disk(seen: Examination, number: int, report: HostReport) -> Iterator[Look]:
         advice = f"let {report.raw['user']} read it there, or move it to where every host's user may read"
         yield Look("error", model["problem"], advice)
         return
-    path, held, free = model["path"], model["bytes"], model["free"]
+    path, held, ranks = model["path"], model["bytes"], seen.on_machine(number)
     whole = sum(spec.nbytes for spec in seen.plan.specs.values()) if seen.plan else max(held, 1)  # any will do
-    if held >= PRESENT * whole:
+    kept = [seen.kept[rank] for rank in ranks if rank in seen.kept and not seen.kept[rank]["problem"]]
+    if len(kept) == len(ranks):
+        yield Look("ok", f"{gib(sum(each['bytes'] for each in kept))} of {_named(ranks)} in {report.store['root']}")
+    elif held >= PRESENT * whole:
         yield Look("ok", f"{gib(held)} of weights in {path}")
-        return
-    what = f"{gib(whole - held) if seen.plan else 'all'} of the weights are missing in {path}"
-    if not re.search(r"/models--[^/]+--", path):
-        yield Look("error", what, "copy the checkpoint there, or correct --model: every host must have it at that path")
-    elif free < whole - held:
-        advice = "make room, or set HF_HOME in the hostfile's env for that host to a larger disk"
-        yield Look("error", f"{what}, where {gib(free)} are free", advice)
+    elif model["hub"]:
+        yield from _to_fetch(seen, ranks, report)
     else:
-        yield Look("warning", what, f"fetch them first, else the start waits for that: hf download {seen.model}")
+        what = f"{gib(whole - held) if seen.plan else 'all'} of the weights are missing in {path}"
+        yield Look("error", what, "copy the checkpoint there, or correct --model: every host must have it at that path")
+
+
+def _to_fetch(seen: Examination, ranks: Sequence[int], report: HostReport) -> Iterator[Look]:
+    """What the store of a host lacks for its ranks, and whether there is room for it."""
+    store = report.store
+    if not store:
+        said = report.raw["outputs"]["store"]["error"].strip().splitlines()
+        what = f"the store there could not be looked into: {said[-1] if said else 'no answer'}"
+        yield Look("warning", what, "`m3dist store ls` there says more")
+        return
+    lacking = [rank for rank in ranks if rank not in seen.kept]
+    nbytes = sum(seen.plan.bytes_held(rank) for rank in lacking) if seen.plan else 0
+    troubles = [seen.kept[rank]["problem"] for rank in ranks if rank in seen.kept and seen.kept[rank]["problem"]]
+    if lacking:
+        amount = gib(nbytes) if nbytes else "the slices"
+        troubles.append(f"{amount} of {_named(lacking)} are missing in {store['root']}")
+    what = "; ".join(troubles)
+    if store["free"] < nbytes:
+        advice = "make room, or set M3DIST_STORE in the hostfile's env for that host to a directory on a larger disk"
+        yield Look("error", f"{what}, where {gib(store['free'])} are free", advice)
+        return
+    path = seen.hostfile.path
+    where = path if path.startswith("-n ") else f"--hostfile {shlex.quote(path)}"
+    command = fetch_command(str(seen.model), where if seen.hostfile.world > 1 else "", **seen.cut)
+    yield Look("warning", what, f"fetch them first: {command}")
+
+
+def _named(ranks: Sequence[int]) -> str:
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
 
 
 def mpi(seen: Examination, number: int, report: HostReport) -> Iterator[Look]:

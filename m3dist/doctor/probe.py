@@ -3,15 +3,16 @@
 `python -m m3dist.doctor.probe`, started by survey.py through ssh.Remote. It interprets nothing: what its answers mean,
 report.py reads. Each question has a thread, and its number stands in the answers. Questions, and what they are told:
 
-    clock                                           clock (seconds since 1970)
-    describe {model, cwd, env, ips, launched_in}    report
-    listen {address, secret, seconds}               listening (a port), then measured
-    connect {address, port, secret, seconds}        measured
+    clock                                                clock (seconds since 1970)
+    describe {model, cut, cwd, env, ips, launched_in}    report
+    listen {address, secret, seconds}                    listening (a port), then measured
+    connect {address, port, secret, seconds}             measured
 
 It ends when the launcher closes the channel or has asked nothing for SILENCE seconds, and with it what it started.
 """
 
 import getpass
+import json
 import os
 import platform
 import re
@@ -28,11 +29,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from m3dist.checkpoint import hub_id
 from m3dist.cluster.agent import about, working_directory
 from m3dist.cluster.channel import Channel, ChannelClosed, Message
 from m3dist.cluster.environment import LaunchError
-from m3dist.cluster.ssh import NOT_FROM_HERE, channel_to_launcher
+from m3dist.cluster.ssh import NOT_FROM_HERE, RUN_MODULE, channel_to_launcher
 from m3dist.doctor import link
+from m3dist.errors import CheckpointError
 from m3dist.libmpi import mpi_library
 
 SILENCE = 60.0  # seconds
@@ -41,7 +44,7 @@ LONGEST = 2**20  # characters of a command's output
 NOT_FOUND, TIMED_OUT = 127, 124  # as shells have it
 PACKAGES = ("m3dist", "mlx", "mlx-metal", "mlx-cpu", "mlx-cuda", "mlx-cuda-12", "mlx-cuda-13", "numpy",
             "safetensors", "tokenizers", "jinja2", "huggingface_hub", "mpi4py", "mlx-lm", "transformers")  # fmt: skip
-VARIABLES = ("MLX_METAL_FAST_SYNCH", "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "XDG_CACHE_HOME")
+VARIABLES = ("MLX_METAL_FAST_SYNCH", "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "M3DIST_STORE", "XDG_CACHE_HOME")
 SYSTEM = ("/usr/sbin", "/sbin")  # where some of the commands are, which ssh does not have on PATH everywhere
 
 # MLX can abort a process, and takes its time: it is asked in one of its own. Its MPI library is named as for a rank.
@@ -117,20 +120,32 @@ def _answer(channel: Channel, question: Message) -> None:
 
 
 def describe(
-    model: str | None, cwd: str | None, env: Mapping[str, str], ips: Sequence[str], launched_in: str
+    model: str | None,
+    cut: Mapping[str, Any],
+    cwd: str | None,
+    env: Mapping[str, str],
+    ips: Sequence[str],
+    launched_in: str,
 ) -> dict[str, Any]:
-    """All that doctor and hostfile want to know; what cannot be found out is told as that. Plain values only."""
+    """All that doctor and hostfile want to know; what cannot be found out is told as that. Plain values only.
+
+    `cut`: what kept.describe is to be told besides the model.
+    """
     environ, directory, problem = os.environ | dict(env), os.path.expanduser("~"), None
     try:
         directory = working_directory({"cwd": cwd, "launched_in": launched_in}) or directory
     except LaunchError as error:
         problem = str(error)
     commands = {**COMMANDS.get(sys.platform, {}), **ANYWHERE}
-    with ThreadPoolExecutor(len(commands) + 1) as pool:
-        mlx = pool.submit(
-            run, [sys.executable, "-c", NOT_FROM_HERE + MLX], {"MLX_MPI_LIBNAME": mpi_library(), **environ}
-        )
-        outputs = dict(zip(commands, pool.map(run, commands.values()))) | {"mlx": mlx.result()}
+    found = None if model is None else find_model(model, directory, environ)
+    asked: dict[str, Sequence[str]] = {"mlx": ["-c", NOT_FROM_HERE + MLX]}
+    if found and found["hub"]:
+        asked["store"] = ["-c", RUN_MODULE, "m3dist.doctor.kept", json.dumps({"model": model, **cut})]
+    with ThreadPoolExecutor(len(commands) + len(asked)) as pool:
+        as_ranks = {"MLX_MPI_LIBNAME": mpi_library(), **environ}
+        answers = {name: pool.submit(run, [sys.executable, *words], as_ranks) for name, words in asked.items()}
+        outputs = dict(zip(commands, pool.map(run, commands.values())))
+        outputs |= {name: answer.result() for name, answer in answers.items()}
     return {
         "platform": sys.platform,
         "system": f"{platform.system()} {platform.release()}",
@@ -141,7 +156,7 @@ def describe(
         "about": about(),
         "environ": {name: environ[name] for name in VARIABLES if name in environ},
         "directory": {"path": directory, "problem": problem},
-        "model": None if model is None else find_model(model, directory, environ),
+        "model": found,
         "addresses": {ip: why_not_ours(ip) for ip in ips},
         "network": network(Path("/sys/class/net")),
         "outputs": outputs,
@@ -176,20 +191,20 @@ def run(command: Sequence[str], environ: Mapping[str, str] | None = None) -> dic
 
 
 def find_model(model: str, directory: str, environ: Mapping[str, str]) -> dict[str, Any]:
-    """Where the checkpoint is or would be, how many bytes of weights are there, and how many are free on that disk.
+    """Where the whole checkpoint is or would be, how many bytes of weights are there, and how many are free there.
 
-    "path" is None for a model that is part of the package; "problem" is why one cannot look there, else None.
+    "path" is None for a model that is part of the package; "hub" says that the path is in the hub's cache; "problem" is
+    why one cannot look there, else None.
     """
     if model == "tiny":
-        return {"path": None, "bytes": 0, "free": 0, "problem": None}
+        return {"path": None, "hub": False, "bytes": 0, "free": 0, "problem": None}
     # os.path says no where pathlib raises: a name too long, a directory that is not ours to look into
     path = Path(directory, os.path.expanduser(model))
-    if not os.path.isdir(path) and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model):
-        path = hub_cache(environ) / f"models--{model.replace('/', '--')}"
-        with suppress(OSError):
-            path /= "snapshots/" + (path / "refs/main").read_text().strip()
+    snapshot = None if os.path.isdir(path) else hub_snapshot(model, environ)
+    path = snapshot or path
     existing = next(parent for parent in (path, *path.parents) if os.path.exists(parent))
-    found = {"path": str(path), "bytes": 0, "free": shutil.disk_usage(existing).free, "problem": None}
+    free = shutil.disk_usage(existing).free
+    found = {"path": str(path), "hub": snapshot is not None, "bytes": 0, "free": free, "problem": None}
     try:
         found["bytes"] = sum(_size(file) for file in path.iterdir() if re.fullmatch(r"[^.].*\.safetensors", file.name))
     except (FileNotFoundError, NotADirectoryError):
@@ -197,6 +212,20 @@ def find_model(model: str, directory: str, environ: Mapping[str, str]) -> dict[s
     except OSError as error:
         found["problem"] = f"{error.filename}: {error.strerror}"
     return found
+
+
+def hub_snapshot(model: str, environ: Mapping[str, str]) -> Path | None:
+    """Where the hub's cache has a hub id, or would have it; None for what is none."""
+    try:
+        repo, revision = hub_id(model)
+    except CheckpointError:
+        return None
+    path = hub_cache(environ) / f"models--{repo.replace('/', '--')}"
+    if revision and re.fullmatch("[0-9a-f]{40}", revision):
+        return path / "snapshots" / revision
+    with suppress(OSError):
+        return path / "snapshots" / (path / "refs" / (revision or "main")).read_text().strip()
+    return path
 
 
 def _size(file: Path) -> int:

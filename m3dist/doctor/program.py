@@ -4,7 +4,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -32,7 +32,7 @@ def main(args: argparse.Namespace, hostfile: Hostfile) -> int:
     plan, findings = _plan(args, hostfile)
     if sys.stderr.isatty():
         print(f"asking the hosts, {SECONDS:g} s at most ...", file=sys.stderr, flush=True)
-    seen = examine(hostfile, args.model, plan, args.context or 0)
+    seen = examine(hostfile, args.model, plan, args.context or 0, _cut(args))
     findings += find(seen)
     seconds = time.monotonic() - began
     if args.json:
@@ -44,13 +44,24 @@ def main(args: argparse.Namespace, hostfile: Hostfile) -> int:
     return 0 if works(findings) else 1
 
 
-def examine(hostfile: Hostfile, model: str | None = None, plan: Plan | None = None, context: int = 0) -> Examination:
-    """Ask all hosts and measure their links, within SECONDS."""
-    backend = hostfile.backend or "ring"
+def examine(
+    hostfile: Hostfile,
+    model: str | None = None,
+    plan: Plan | None = None,
+    context: int = 0,
+    cut: Mapping[str, Any] | None = None,
+) -> Examination:
+    """Ask all hosts and measure their links, within SECONDS. `cut`: weights, experts and attention, where given."""
+    backend, cut = hostfile.backend or "ring", cut or {}
     with Survey(hostfile, SECONDS) as survey:
-        reports = survey.describe(model)
+        reports = survey.describe(model, {"world": hostfile.world, **cut})
         measured = survey.measure(needed_links(backend, hostfile.hosts, reports))
-    return Examination(hostfile, backend, reports, launcher(hostfile, backend), measured, model, plan, context)
+    ours = launcher(hostfile, backend)
+    return Examination(hostfile, backend, reports, ours, measured, model, plan, context, cut)
+
+
+def _cut(args: argparse.Namespace) -> dict[str, Any]:
+    return {"weights": args.weights, "experts": args.experts, "attention": args.attention}
 
 
 def _plan(args: argparse.Namespace, hostfile: Hostfile) -> tuple[Plan | None, list[Finding]]:
@@ -63,7 +74,7 @@ def _plan(args: argparse.Namespace, hostfile: Hostfile) -> tuple[Plan | None, li
         what = f"memory and disk were not compared with the model: {error}"
         return None, [Finding("plan", "all", "warning", what, "m3dist plan --model says which models are known")]
     try:
-        return plan_world(inventory, hostfile.world, args.weights, args.experts, args.attention), []
+        return plan_world(inventory, hostfile.world, **_cut(args)), []
     except M3Error as error:
         remedy = f"`m3dist plan --model {args.model} --world N` says what each of N ranks would hold"
         return None, [Finding("plan", "all", "error", str(error), remedy)]

@@ -135,6 +135,12 @@ class HostReport:
         lines = self.out("mlx").splitlines()
         return next((found for line in reversed(lines) for found in _objects(line) if "version" in found), {})
 
+    @cached_property
+    def store(self) -> Mapping[str, Any]:
+        """What kept.py says of the store there; empty where it was not asked, or could not say."""
+        lines = self.out("store").splitlines()
+        return next((found for line in reversed(lines) for found in _objects(line) if "entries" in found), {})
+
     @property
     def firewall(self) -> int | None:
         """macOS's: 0 is off, 1 on, 2 blocks everything that comes in."""

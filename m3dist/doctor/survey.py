@@ -8,9 +8,10 @@ import secrets
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -71,12 +72,13 @@ class Survey:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         _all_at_once(lambda asked: asked.remote.close(1.0), [a for a in self._asked.values() if isinstance(a, _Asked)])
 
-    def describe(self, model: str | None = None) -> list[HostReport | NoAnswer]:
-        """What each host says about itself, in the hostfile's order."""
+    def describe(self, model: str | None = None, cut: Mapping[str, Any] | None = None) -> list[HostReport | NoAnswer]:
+        """What each host says about itself, in the hostfile's order. `cut`: as probe.describe has it."""
         groups: dict[object, list[int]] = {}
         for number, host in enumerate(self.hostfile.hosts):
             groups.setdefault(machine(host), []).append(number)
-        reports = _all_at_once(lambda group: [self._describe(number, model) for number in group], list(groups.values()))
+        ask = partial(self._describe, model, cut or {})
+        reports = _all_at_once(lambda group: [ask(number) for number in group], list(groups.values()))
         found = dict(zip(sum(groups.values(), []), sum(reports, [])))
         return [found[number] for number in range(len(found))]
 
@@ -102,13 +104,14 @@ class Survey:
                 remote.close()
             return NoAnswer(str(error).removeprefix(f"host {host.ssh}: "), said)
 
-    def _describe(self, number: int, model: str | None) -> HostReport | NoAnswer:
+    def _describe(self, model: str | None, cut: Mapping[str, Any], number: int) -> HostReport | NoAnswer:
         host = self.hostfile.hosts[number]
         asked = self._asked[machine(host)]
         if isinstance(asked, NoAnswer):
             return asked
         env = {**self.hostfile.env, **host.env}
-        question = {"model": model, "cwd": host.cwd, "env": env, "ips": host.ips, "launched_in": os.getcwd()}
+        question = {"model": model, "cut": cut, "cwd": host.cwd, "env": env, "ips": host.ips}
+        question["launched_in"] = os.getcwd()
         try:
             skew = asked.skew()
             report = asked.answer(asked.ask(describe=question), DESCRIBING)["report"]

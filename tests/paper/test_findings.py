@@ -296,26 +296,88 @@ def test_the_wired_limit(four_bits):
 
 
 def model(path: str, held: float, free: float, problem: str | None = None) -> dict:
-    return {"model": {"path": path, "bytes": int(held * GIB), "free": int(free * GIB), "problem": problem}}
+    found = {"path": path, "hub": path.startswith(HUB), "bytes": int(held * GIB), "free": int(free * GIB)}
+    return {"model": found | {"problem": problem}}
 
 
 HUB = "/Users/me/.cache/huggingface/hub/models--MiniMaxAI--MiniMax-M3-4bit"
+STORE = "/Users/me/.cache/m3dist/store"
+
+
+def keeping(report: HostReport, free: float, *entries: dict) -> HostReport:
+    """With what kept.py says of the store there."""
+    return changed(report, store=json.dumps({"root": STORE, "free": int(free * GIB), "entries": entries}))
+
+
+def entry(rank: int, day: int = 1, gib: float = 111.7, problem: str | None = None, plan: str = "p") -> dict:
+    created = f"2026-01-{day:02}T00:00:00.000000+00:00"
+    facts = {"rank": rank, "created": created, "revision": "r", "plan": plan}
+    return facts | {"bytes": int(gib * GIB), "problem": problem}
+
+
+def disks(plan, path: str, held: float, free: float, *entries: list[dict], **others) -> list[Finding]:
+    """What two Macs with so much of the whole checkpoint, and these entries, say about their disks."""
+    reports = macs_with(256, 240.0, **model(path, held, free))
+    reports = [keeping(report, free, *own) for report, own in zip(reports, entries or ([], []))]
+    found = findings(reports, plan=plan, model="MiniMaxAI/MiniMax-M3-4bit", **others)
+    return [f for f in found if f.check == "disk"]
 
 
 @pytest.mark.parametrize(
     "path, held, free, level, remedy",
     [
         (f"{HUB}/snapshots/1", 224, 10, "ok", ""),
-        (HUB, 0, 300, "warning", "hf download MiniMaxAI/MiniMax-M3-4bit"),
-        (HUB, 100, 50, "error", "make room"),
+        (HUB, 0, 112, "warning", "m3dist fetch MiniMaxAI/MiniMax-M3-4bit --hostfile hosts.json"),
+        (HUB, 0, 111, "error", "make room, or set M3DIST_STORE"),
         ("/Volumes/models/m3", 0, 300, "error", "every host must have it at that path"),
         ("/Volumes/models/m3", 224, 300, "ok", ""),
     ],
 )
 def test_disk(four_bits, path, held, free, level, remedy):
-    reports = macs_with(256, 240.0, **model(path, held, free))
-    found = [f for f in findings(reports, plan=four_bits, model="MiniMaxAI/MiniMax-M3-4bit") if f.check == "disk"]
+    """A rank has to fetch its slice alone."""
+    found = disks(four_bits, path, held, free)
     assert [f.level for f in found] == [level, level] and remedy in found[0].remedy
+    if level == "warning":
+        assert [f.seen for f in found] == [f"111.7 GiB of rank {rank} are missing in {STORE}" for rank in (0, 1)]
+
+
+def test_what_the_stores_keep(four_bits):
+    """Whole slices of one revision and format, the newest that any host has."""
+    found = disks(four_bits, HUB, 0, 1, [entry(0)], [entry(1)])
+    assert [(f.level, f.seen) for f in found] == [("ok", f"111.7 GiB of rank {n} in {STORE}") for n in (0, 1)]
+    found = disks(four_bits, HUB, 0, 300, [entry(0)], [entry(1, plan="another")])
+    assert [f.level for f in found].count("ok") == 1
+    found = disks(
+        four_bits, HUB, 0, 300, [entry(0), entry(0, 2, plan="q")], [entry(1), entry(0, 3, plan="not its rank's")]
+    )
+    assert [(f.host, f.level) for f in found] == [("mac1", "ok"), ("mac2", "warning")]
+    found = disks(four_bits, HUB, 0, 1, [entry(0)], [entry(1, problem="model.safetensors is missing")])
+    assert (found[1].level, found[1].seen) == ("warning", "model.safetensors is missing")
+
+
+def test_a_fetch_is_of_the_cut_that_was_asked_for(four_bits):
+    cut = {"weights": [3.0, 1.0], "experts": "whole", "attention": "heads"}
+    found = disks(None, HUB, 0, 300, cut=cut)
+    command = "m3dist fetch MiniMaxAI/MiniMax-M3-4bit --hostfile hosts.json --weights 3,1 --experts whole"
+    assert found[0].level == "warning" and found[0].remedy == f"fetch them first: {command}"
+
+
+def test_a_store_that_cannot_be_looked_into(four_bits):
+    reports = macs_with(256, 240.0, **model(HUB, 0, 300))
+    broken = {"status": 1, "out": "", "error": "Traceback ...\nm3dist.errors.StoreError: /store: Permission denied\n"}
+    for report in reports:
+        report.raw["outputs"]["store"] = broken
+    warning = next(f for f in findings(reports, plan=four_bits, model="MiniMaxAI/M3") if f.check == "disk")
+    assert (warning.level, "Permission denied" in warning.seen) == ("warning", True)
+
+
+def test_memory_is_what_the_stores_keep_for_the_ranks():
+    """Not what the checkpoint would take in the format that it has at the hub."""
+    bf16 = make_plan(inventory_of("MiniMaxAI/MiniMax-M3", None, None, None)[0], 2)
+    nothing = [keeping(report, 900) for report in macs_with(192, 180.0, **model(HUB, 0, 900))]
+    assert ("memory", "mac1", "error") in troubles(nothing, plan=bf16)
+    slices = [keeping(report, 1, entry(rank)) for rank, report in enumerate(nothing)]
+    assert troubles(slices, plan=bf16) == []
 
 
 def test_a_model_that_the_host_s_user_may_not_read(four_bits):

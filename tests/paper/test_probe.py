@@ -33,7 +33,7 @@ def quick(monkeypatch):
 
 @pytest.fixture(scope="module")
 def report() -> dict:
-    return probe.describe("tiny", None, {"HF_HOME": "/models"}, ["127.0.0.1", "192.0.2.1"], os.getcwd())
+    return probe.describe("tiny", {}, None, {"HF_HOME": "/models"}, ["127.0.0.1", "192.0.2.1"], os.getcwd())
 
 
 def test_everything_is_plain(report):
@@ -58,16 +58,16 @@ def test_it_imports_no_mlx():
 
 
 def test_a_directory_that_is_missing():
-    directory = probe.describe(None, "/no/such", {}, [], os.getcwd())["directory"]
+    directory = probe.describe(None, {}, "/no/such", {}, [], os.getcwd())["directory"]
     assert "cwd /no/such is no directory here" in directory["problem"]
 
 
 @pytest.mark.mpi
 def test_mlx_is_asked_with_the_hostfile_s_variables():
     """Which may name the MPI library; else it is the one that a rank would take."""
-    named = probe.describe(None, None, {"MLX_MPI_LIBNAME": "/nowhere/libmpi.so"}, [], os.getcwd())
+    named = probe.describe(None, {}, None, {"MLX_MPI_LIBNAME": "/nowhere/libmpi.so"}, [], os.getcwd())
     assert HostReport(named).mlx["backends"] == ["ring"]
-    found = probe.describe(None, None, {}, [], os.getcwd())
+    found = probe.describe(None, {}, None, {}, [], os.getcwd())
     assert HostReport(found).mlx["backends"] == ["ring", "mpi"]
 
 
@@ -109,12 +109,27 @@ def test_a_model_of_the_hub(tmp_path):
     os.symlink(cache / "nowhere", cache / "snapshots" / "abc" / "partly.safetensors")
     found = probe.find_model("MiniMaxAI/MiniMax-M3", "/", {"HF_HOME": str(tmp_path)})
     assert (found["path"], found["bytes"]) == (str(cache / "snapshots" / "abc"), 500)
+    assert found["hub"]
+    for revision in ("main", "f" * 40):
+        at = probe.find_model(f"MiniMaxAI/MiniMax-M3@{revision}", "/", {"HF_HOME": str(tmp_path)})
+        assert Path(at["path"]).name == ("abc" if revision == "main" else revision)
     other = probe.find_model("MiniMaxAI/other", "/", {"HF_HOME": str(tmp_path)})
     assert (other["path"], other["bytes"]) == (str(tmp_path / "hub" / "models--MiniMaxAI--other"), 0)
 
 
+def test_what_the_store_keeps(tmp_path):
+    """Asked in the environment of the host's ranks, which names the store."""
+    environ = {"M3DIST_STORE": str(tmp_path / "store"), "HF_HOME": str(tmp_path)}
+    report = HostReport(probe.describe("owner/name", {"world": 2}, None, environ, [], os.getcwd()))
+    assert report.store["root"] == str(tmp_path / "store") and report.store["free"] > 0
+    assert report.store["entries"] == [] and report.raw["model"]["hub"]
+    (tmp_path / "store").write_text("no directory")
+    assert "store" not in probe.describe("tiny", {"world": 2}, None, environ, [], os.getcwd())["outputs"]
+
+
 def test_the_model_in_the_package_needs_nothing():
-    assert probe.find_model("tiny", "/", {}) == {"path": None, "bytes": 0, "free": 0, "problem": None}
+    nothing = {"path": None, "hub": False, "bytes": 0, "free": 0, "problem": None}
+    assert probe.find_model("tiny", "/", {}) == nothing
 
 
 def test_a_model_where_one_cannot_look(tmp_path):

@@ -89,6 +89,24 @@ def test_bench_of_an_entry():
     assert said["complete"] and said["model"] == str(entry.directory)
 
 
+def test_doctor_looks_into_the_store():
+    """As the ranks will: what is whole, and what is to be fetched."""
+    keep(PATH, 0, 2)
+    entry = keep(PATH, 1, 2)
+    seen = disks("--model", MODEL)
+    assert [level for level, _ in seen] == ["ok"] and "of ranks 0, 1 in" in seen[0][1]
+    (entry.directory / "config.json").unlink()
+    assert disks("--model", MODEL) == [("warning", f"{entry.directory}/config.json is missing")]
+    [(level, what)] = disks("--model", MODEL, "--weights", "3,1")
+    assert level == "warning" and "the slices of ranks 0, 1 are missing in" in what
+
+
+def disks(*flags: str) -> list[tuple[str, str]]:
+    """What doctor says of the disks of two local ranks: (level, what it has seen)."""
+    told = json.loads(m3dist("doctor", "-n", "2", "--json", *flags).stdout)
+    return [(f["level"], f["seen"]) for f in told["findings"] if f["check"] == "disk"]
+
+
 def test_each_rank_s_own_store(tmp_path):
     """Of a revision that both keep, though one has a newer one of another cut."""
     for rank in range(2):
