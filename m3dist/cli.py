@@ -111,6 +111,7 @@ def drop_output() -> None:
 
 def generate(parser: argparse.ArgumentParser, args: argparse.Namespace, argv: list[str]) -> int:
     """Be a rank if a launcher made this process one; else start -n of them; else do it all here."""
+    check_kept(parser, args, args.model)
     if args.raw and args.system:
         parser.error("argument --system: not allowed with argument --raw, which gives the model --prompt alone")
     launch = environment.detect(os.environ)
@@ -133,6 +134,7 @@ def bench(parser: argparse.ArgumentParser, args: argparse.Namespace, argv: list[
     launch = environment.detect(os.environ)
     world = check_world(parser, args, launch)
     options = bench_options(args)
+    check_kept(parser, args, args.model or "tiny")
     check_bench(parser, options, world)
     if launch.launcher == "single" and (world > 1 or args.hostfile):
         return start_ranks(parser, args, argv)
@@ -316,6 +318,17 @@ def hostfile(parser: argparse.ArgumentParser, args: argparse.Namespace, argv: li
     return hostfile_main(args)
 
 
+def check_kept(parser: argparse.ArgumentParser, args: argparse.Namespace, model: str) -> None:
+    """Whether the flags of `add_kept` make sense for `model`; else ends the program."""
+    from m3dist.checkpoint import local
+    from m3dist.quantization import quantization_of
+
+    quantization_of(args.mode, args.bits, args.group_size)
+    for flag in (*given(args, ("bits", "group_size", "mode")), *(["--fetch"] if args.fetch else [])):
+        if local(model) or getattr(args, "random", None):
+            parser.error(f"argument {flag}: is for hub ids; a directory is loaded as it is (m3dist convert)")
+
+
 def fetch(parser: argparse.ArgumentParser, args: argparse.Namespace, argv: list[str]) -> int:
     """As generate; or alone, what one rank of a world would keep."""
     if (args.world is None) != (args.rank is None):
@@ -449,8 +462,8 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
     add(sampling, "--seed", metavar="N", type=whole(0, 2**64 - 1), help="the same seed gives the same answer")
     add(sampling, "--stop", metavar="TEXT", type=nonempty, action="append", help="end before TEXT; repeatable")
 
-    cut = add_cut(parser, preset)
-    add_prefill_chunk(cut)
+    add_prefill_chunk(add_cut(parser, preset))
+    add_kept(parser)
 
 
 def add_prefill_chunk(group: Any) -> None:
@@ -569,6 +582,7 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
     add(runs, "--plot", metavar="FILE", type=nonempty, help="draw decode against context, as FILE.png or .svg")
 
     add_cut(parser, preset)
+    add_kept(parser)
     others = parser.add_subparsers(title="instead of a model", metavar="WHAT")
     add_links(others.add_parser("links", help="time and check sums and gathers between ranks; has flags of its own"))
     parser.usage = "%(prog)s [FLAG ...]\n       %(prog)s links [FLAG ...]"  # argparse would say that WHAT is needed
@@ -595,6 +609,12 @@ def add_formats(parser: argparse.ArgumentParser, title: str) -> Any:
     add(formats, "--group-size", metavar="N", type=whole(16), help="weights that share one scale (32, 64 or 128)")
     add(formats, "--mode", choices=MODES, help="affine, where only --bits is given")
     return formats
+
+
+def add_kept(parser: argparse.ArgumentParser) -> None:
+    """The flags of who loads what a store keeps."""
+    kept = add_formats(parser, "of a hub id: which of those that are kept (m3dist store ls)")
+    kept.add_argument("--fetch", action="store_true", help="get what is missing first, as m3dist fetch does")
 
 
 def add_conversion(parser: argparse.ArgumentParser) -> None:

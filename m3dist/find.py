@@ -20,9 +20,12 @@ from m3dist.config import CONFIG
 from m3dist.errors import CheckpointError, M3Error
 from m3dist.fetch.command import converted_to, fetch_command
 from m3dist.fetch.hub import describe
+from m3dist.fetch.program import fetch
 from m3dist.fetch.store import Entry, candidates, check
+from m3dist.options import BenchOptions, FetchOptions, GenerateOptions
 from m3dist.plan import plan_world
 from m3dist.plan_report import inventory_of
+from m3dist.quantization import quantization_of
 from m3dist.rank import STEP_LIMIT
 from m3dist.tensors import Quantization
 from m3dist.watchdog import Watchdog
@@ -73,13 +76,13 @@ def find(
     experts: str = "columns",
     attention: str = "heads",
     quantization: Quantization | None = None,
-    fetch: Callable[[Wanted], None] | None = None,
+    get: Callable[[Wanted], None] | None = None,
     ask: bool = True,
 ) -> Found:
     """What this rank loads of `model`: a directory, "tiny", or a hub id, "owner/name[@revision]".
 
     Of a hub id it is the newest entry that any rank's store keeps of this cut, if every rank has its own whole; else
-    the snapshot in the hub's cache, if every rank has it whole. `fetch` gets what is missing, called by every rank:
+    the snapshot in the hub's cache, if every rank has it whole. `get` gets what is missing, called by every rank:
     without `ask` at once, else if somebody at rank 0's terminal says yes. Otherwise every rank raises CheckpointError,
     which names the hosts that lack it, how much that is, and the command that fetches it.
     """
@@ -90,12 +93,12 @@ def find(
     found = _kept(wanted, comm)
     if isinstance(found, Missing) and quantization is None:
         found = _snapshot(wanted, comm) or found
-    if isinstance(found, Missing) and fetch and (not ask or _agreed(found, comm, watchdog)):
-        fetch(found.wanted)
+    if isinstance(found, Missing) and get and (not ask or _agreed(found, comm, watchdog)):
+        get(found.wanted)
         watchdog.progress("the search for what was fetched", STEP_LIMIT)
         found = _kept(found.wanted, comm)
     if isinstance(found, Missing):
-        raise CheckpointError(f"{found} first{', or give --fetch' if fetch else ''}")
+        raise CheckpointError(f"{found} first{', or give --fetch' if get else ''}")
     return found
 
 
@@ -128,6 +131,27 @@ def _commit(model: str, comm: Comm, watchdog: Watchdog) -> tuple[str, str | None
         commit = describe(repo, revision).commit if comm.rank == 0 else None
     watchdog.progress("the search for the model", STEP_LIMIT)
     return repo, comm.object_from_rank_0(commit)
+
+
+def find_or_fetch(model: str, options: GenerateOptions | BenchOptions, comm: Comm, watchdog: Watchdog) -> Found:
+    """`find`, as the flags of a program ask for; with --fetch, or a yes at the terminal, what is missing is got."""
+
+    def get(wanted: Wanted) -> None:
+        q = wanted.quantization
+        formats = {"mode": q.mode, "bits": q.bits, "group_size": q.group_size} if q else {}
+        fetch(FetchOptions(wanted.model, **formats, **wanted.cut), comm, watchdog)
+
+    return find(
+        model,
+        comm,
+        watchdog,
+        weights=options.weights,
+        experts=options.experts,
+        attention=options.attention,
+        quantization=quantization_of(options.mode, options.bits, options.group_size),
+        get=get,
+        ask=not options.fetch,
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

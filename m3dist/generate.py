@@ -18,7 +18,7 @@ from m3dist.comm import Comm, all_ranks
 from m3dist.config import ModelConfig, read_config
 from m3dist.engine import Request, generate_tokens
 from m3dist.errors import M3Error
-from m3dist.find import directory_of, find
+from m3dist.find import directory_of, find_or_fetch
 from m3dist.options import GenerateOptions
 from m3dist.rank import START_LIMIT, STEP_LIMIT, join, load_model, prefill_chunk_of_device, run_rank
 from m3dist.sample import Sampling
@@ -34,7 +34,7 @@ def main(options: GenerateOptions, launch: Launch) -> int:
 def _run(options: GenerateOptions, launch: Launch, watchdog: Watchdog) -> int:
     comm = join(launch, options.model, watchdog)
     cut = {"weights": options.weights, "experts": options.experts, "attention": options.attention}
-    found = find(options.model, comm, watchdog, **cut)
+    found = find_or_fetch(options.model, options, comm, watchdog)
     watchdog.progress("reading the prompt", math.inf if options.prompt == "-" else STEP_LIMIT)  # someone may type it
     answer, request = _ask(options, directory_of(found), comm, watchdog)
     began = time.perf_counter()

@@ -42,6 +42,10 @@ class GenerateOptions:
     attention: str = "heads"  # one of ATTENTION: how the attention is cut
     weights: tuple[float, ...] | None = None  # each rank's share of the work, > 0; None: equal
     prefill_chunk: int | None = None  # >= 1, tokens of the prompt computed at a time; None: by the device
+    mode: str | None = None  # one of MODES; with bits and group_size: which of the formats that are kept; None: any
+    bits: int | None = None
+    group_size: int | None = None
+    fetch: bool = False  # get what is missing first
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,10 @@ class BenchOptions:
     experts: str = "columns"  # one of EXPERTS
     attention: str = "heads"  # one of ATTENTION
     weights: tuple[float, ...] | None = None  # each rank's share of the work, > 0; None: equal
+    mode: str | None = None  # as GenerateOptions
+    bits: int | None = None
+    group_size: int | None = None
+    fetch: bool = False  # as GenerateOptions
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from m3dist.cluster.environment import Launch
 from m3dist.comm import Comm, all_ranks, check_same
 from m3dist.config import ModelConfig, read_config
 from m3dist.errors import M3Error
-from m3dist.find import directory_of, find
+from m3dist.find import directory_of, find_or_fetch
 from m3dist.model import Model
 from m3dist.model.text import DTYPES
 from m3dist.options import BenchOptions
@@ -112,7 +112,7 @@ def subject(
     cut = {"weights": options.weights, "experts": options.experts, "attention": options.attention}
     if not options.random:
         name = options.model or "tiny"
-        found = find(name, comm, watchdog, **cut)
+        found = find_or_fetch(name, options, comm, watchdog)
         directory = directory_of(found)
         context = longest(lengths(options, ModelConfig.from_dict(read_config(directory))))
         return *load_model(name, found, comm, watchdog, dtype, context, **cut), str(directory)

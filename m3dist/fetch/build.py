@@ -117,18 +117,15 @@ class Build:
         """Do it all. `report` gets every rank's tally a few times a second. Raises this rank's own error, or
         CommunicationError with the first failing rank's."""
         error: Exception | None = None
-        with ThreadPoolExecutor(self.connections) as pool:
-            try:
-                while True:
-                    try:
-                        if error is None:
-                            self._work(pool)
-                    except Exception as caught:  # whatever it is, the others must not wait for this rank
-                        error = caught
-                    if self._meet(error, report):
-                        return
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)
+        pool = ThreadPoolExecutor(self.connections)
+        try:
+            while not self._meet(error, report):
+                try:
+                    self._work(pool)
+                except Exception as caught:  # whatever it is, the others must not wait for this rank
+                    error = caught
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)  # a thread may be waiting for the hub for long
 
     def _work(self, pool: ThreadPoolExecutor) -> None:
         """What this rank can do alone, for about TICK seconds."""

@@ -85,10 +85,7 @@ def convert(options: ConvertOptions, watchdog: Watchdog) -> int:
                     watchdog.progress(f"conversion, at {tallies[0].done} of {tallies[0].total} bytes", STEP_LIMIT)
                     display(tallies)
 
-                try:
-                    build.run(report)
-                finally:
-                    origin.stop()
+                build.run(report)
             described = {
                 CONFIG: mlx_layout.config(origin.checkpoint.raw_config, inventory),
                 INDEX: mlx_layout.index(files),

@@ -44,11 +44,6 @@ class Origin:
             return frozenset(name for name in self.files.sizes() if self.files.cached(name))
         return frozenset(self.files.sizes())
 
-    def stop(self) -> None:
-        """Let every read that still waits fail."""
-        if isinstance(self.files, Hub):
-            self.files.stop()
-
     def forget(self) -> None:
         """The headers are not needed again."""
         with suppress(OSError):
@@ -74,7 +69,10 @@ def opened(model: str, comm: Comm) -> Iterator[Origin]:
         commit = hub.repository.commit
         with all_ranks(comm):
             text = _opened_before(repo, commit, hub) if comm.rank == 0 else None
-        yield Origin(repo, commit, hub, Checkpoint.from_json(comm.object_from_rank_0(text)))
+        try:
+            yield Origin(repo, commit, hub, Checkpoint.from_json(comm.object_from_rank_0(text)))
+        finally:
+            hub.stop()  # after a failure, threads may still be waiting for an answer
 
 
 def _of_directory(directory: Path, folder: Folder, comm: Comm) -> Origin:

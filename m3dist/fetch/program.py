@@ -61,10 +61,7 @@ def fetch(options: FetchOptions, comm: Comm, watchdog: Watchdog) -> Entry:
         with all_ranks(comm):
             job = Job.of(options, origin, comm)
         check_same(comm, {"revision": origin.revision, "plan": job.plan.digest})
-        try:
-            return job.run(comm, watchdog)
-        finally:
-            origin.stop()
+        return job.run(comm, watchdog)
 
 
 @dataclass(frozen=True)
@@ -103,7 +100,8 @@ class Job:
                 entry, damaged = self._present(watchdog)
                 missing = entry is None or bool(damaged)
             watchdog.progress("checks on the other ranks", LOAD_LIMIT)
-            everyone = comm.gather_objects([missing, [f"{entry.directory / p.file} {p.what}" for p in damaged] if entry else []])
+            problems = [f"{self.place / problem.file} {problem.what}" for problem in damaged]
+            everyone = comm.gather_objects([missing, problems])
             if comm.rank == 0:
                 for rank, (_, problems) in enumerate(everyone):
                     for problem in problems:

@@ -12,6 +12,7 @@ from m3dist.cluster.environment import Launch
 from m3dist.cluster.judge import Verdict
 from m3dist.cluster.ssh import python_module
 from m3dist.errors import CommunicationError, PlanError
+from m3dist.options import CONNECTIONS
 
 ROOT = Path(__file__).parents[2]
 
@@ -27,7 +28,8 @@ def called(monkeypatch):
             calls.append(args)
             return 0
 
-    monkeypatch.setitem(sys.modules, "m3dist.generate", Verb)
+    for verb in ("m3dist.generate", "m3dist.fetch.program", "m3dist.fetch.convert"):
+        monkeypatch.setitem(sys.modules, verb, Verb)
     monkeypatch.setitem(sys.modules, "m3dist.plan_report", Verb)
     monkeypatch.setattr(supervise, "judged", lambda job, output=None: Verdict(Verb.main(job)))
     for name in (*environment.MPI_RANKS, *environment.MLX_BACKENDS, "MLX_RANK"):
@@ -64,7 +66,7 @@ def test_every_flag_arrives(called):
     flags = (
         "--model dir --prompt hi --thinking enabled --raw --json --max-tokens 1 --temperature 0 --top-p 1 "
         "--top-k 0 --min-p 0.5 --seed 7 --stop a --stop b --dtype float32 --experts whole --prefill-chunk 8 "
-        "--weights 2 --attention replicated"
+        "--weights 2 --attention replicated --bits 4 --group-size 32 --mode affine --fetch"
     )
     assert run("generate", *flags.split()) == 0
     options = called[0][0]
@@ -72,7 +74,60 @@ def test_every_flag_arrives(called):
         "model": "dir", "prompt": "hi", "system": None, "thinking": "enabled", "raw": True, "json": True,
         "max_tokens": 1, "temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.5, "seed": 7, "stop": ("a", "b"),
         "dtype": "float32", "experts": "whole", "attention": "replicated", "prefill_chunk": 8, "weights": (2.0,),
+        "bits": 4, "group_size": 32, "mode": "affine", "fetch": True,
     }  # fmt: skip
+
+
+def test_every_flag_of_a_fetch_arrives(called):
+    flags = (
+        "owner/name@main --bits 6 --group-size 32 --mode affine --connections 3 --range-size 512KiB --experts whole "
+        "--attention replicated --weights 2,1 --world 2 --rank 1"
+    )
+    assert run("fetch", *flags.split()) == 0
+    options, launch = called[0]
+    assert launch == Launch("single") and vars(options) == {
+        "model": "owner/name@main", "mode": "affine", "bits": 6, "group_size": 32, "overrides": None,
+        "connections": 3, "range_size": 2**19, "experts": "whole", "attention": "replicated", "weights": (2.0, 1.0),
+        "world": 2, "rank": 1,
+    }  # fmt: skip
+
+
+def test_every_flag_of_a_conversion_arrives(called, tmp_path):
+    (tmp_path / "formats.yaml").write_text('"*lm_head": false\n')
+    overrides = str(tmp_path / "formats.yaml")
+    assert run("convert", "dir", "out", "--mode", "mxfp4", "--overrides", overrides, "--range-size", "8") == 0
+    assert vars(called[0][0]) == {
+        "model": "dir", "out": "out", "mode": "mxfp4", "bits": None, "group_size": None, "overrides": overrides,
+        "connections": CONNECTIONS, "range_size": 8,
+    }  # fmt: skip
+
+
+def test_a_fetch_starts_ranks_as_a_generation_does(called):
+    assert run("fetch", "owner/name", "-n", "2") == 0
+    [(job,)] = called
+    assert (job.command, job.hostfile.world) == ((None, *python_module("m3dist"), "fetch", "owner/name", "-n", "2"), 2)
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        ("fetch owner/name --rank 0", "--rank: needs --world"),
+        ("fetch owner/name --world 2", "--rank: needs --world"),
+        ("fetch owner/name --world 2 --rank 2", "--rank: must be from 0 to 1"),
+        ("fetch owner/name --world 2 --rank 1 -n 2", "--world: not allowed with -n"),
+        ("fetch owner/name --world 2 --rank 1 --weights 1,2,3", "--weights: needs one number for each of the 2 ranks"),
+        ("fetch owner/name --bits 7", "--bits 2, 3, 4, 5, 6 or 8"),
+        ("fetch owner/name --overrides nowhere.yaml", "nowhere.yaml"),
+        ("convert a b --mode mxfp4 --bits 8", "mxfp4 has 4 bits"),
+        ("convert a b --connections 0", "--connections: must be from 1 to 64"),
+        ("generate --model tiny --prompt x --bits 4", "--bits: is for hub ids"),
+        ("generate --model tiny --prompt x --fetch", "--fetch: is for hub ids"),
+        ("generate --model owner/name --prompt x --mode mxfp8 --bits 4", "mxfp8 has 8 bits"),
+    ],
+)
+def test_flags_of_fetching_that_make_no_sense(called, capsys, flags, said):
+    assert run(*flags.split()) == 2
+    assert said in capsys.readouterr().err and not called
 
 
 def test_several_ranks_are_started_with_the_same_flags(called):

@@ -91,10 +91,10 @@ class Fetch:
 
 def test_what_is_missing_is_fetched():
     fetch = Fetch()
-    entry = found(fetch=fetch, ask=False)
+    entry = found(get=fetch, ask=False)
     assert entry.manifest.revision == REVISION
     assert fetch.asked == [Wanted(MODEL, None, None, "columns", "heads", None)]
-    assert found(fetch=fetch, ask=False) == entry and len(fetch.asked) == 1
+    assert found(get=fetch, ask=False) == entry and len(fetch.asked) == 1
 
 
 def test_what_is_damaged_is_fetched_as_it_was():
@@ -103,7 +103,7 @@ def test_what_is_damaged_is_fetched_as_it_was():
     (entry.directory / "tokenizer.json").unlink()
     fetch = Fetch(brings=False)
     with pytest.raises(CheckpointError, match="tokenizer.json is missing. Run `m3dist fetch .* first, or give --fetch"):
-        found(fetch=fetch, ask=False)
+        found(get=fetch, ask=False)
     assert fetch.asked == [Wanted(MODEL, OTHER, None, "columns", "heads", None)]
 
 
@@ -136,7 +136,7 @@ def shown(screen: int, text: bytes) -> bool:
 @pytest.mark.parametrize("typed", ["y\n", "Yes\n"])
 def test_yes_at_the_terminal(typed, terminal):
     screen, fetch = terminal(typed), Fetch()
-    assert isinstance(found(fetch=fetch), Entry)
+    assert isinstance(found(get=fetch), Entry)
     assert len(fetch.asked) == 1
     assert shown(screen, b"Fetch it now? [y/N] ")
 
@@ -145,7 +145,7 @@ def test_yes_at_the_terminal(typed, terminal):
 def test_anything_else_at_the_terminal(typed, terminal):
     screen, fetch = terminal(typed), Fetch()
     with pytest.raises(CheckpointError, match="lacks the slice of rank 0; 852.4 GB to fetch. .* or give --fetch"):
-        found("MiniMaxAI/MiniMax-M3", fetch=fetch)
+        found("MiniMaxAI/MiniMax-M3", get=fetch)
     assert not fetch.asked
     assert shown(screen, b"Fetch 852.4 GB now? [y/N] ")
 
@@ -153,5 +153,5 @@ def test_anything_else_at_the_terminal(typed, terminal):
 def test_without_a_terminal_nobody_is_asked(capfd):
     fetch = Fetch()
     with pytest.raises(CheckpointError, match="or give --fetch"):
-        found(fetch=fetch)
+        found(get=fetch)
     assert not fetch.asked and "now?" not in capfd.readouterr().err
