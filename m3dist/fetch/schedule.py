@@ -143,13 +143,15 @@ def _blocks(
             others.append((rank, span))
     if not others:
         return
-    needed = min(span[0] for _, span in others), max(span[1] for _, span in others)
-    if givers := _cover(needed, having):
+    if all(_cover(span, having) for _, span in others):
+        givers = tuple(giver for span in _union(span for _, span in others) for giver in _cover(span, having))
         yield Block(name, rows, givers, tuple(others), False)
         return
     nbytes = (rows[1] - rows[0]) * piece.row_bytes
+    waiting = [rank for rank, _ in others]
     able = [rank for rank, state in enumerate(states) if piece.files <= state.local]
-    owner = min(able or [rank for rank, _ in others], key=lambda rank: (loads[rank], rank))
+    nearest = [rank for rank in waiting if rank in able] or able or waiting
+    owner = min(nearest, key=lambda rank: (loads[rank], rank))
     loads[owner] += nbytes
     yield Block(name, rows, ((owner, (0, columns)),), tuple(others), True, nbytes)
 
@@ -168,6 +170,17 @@ def _cover(needed: Span, having: Iterable[tuple[int, Span]]) -> tuple[tuple[int,
         found.append((rank, (at, min(span[1], needed[1]))))
         at = span[1]
     return tuple(found)
+
+
+def _union(spans: Iterable[Span]) -> list[Span]:
+    """The same columns, in order, those that overlap or touch as one."""
+    found: list[Span] = []
+    for start, stop in sorted(spans):
+        if found and start <= found[-1][1]:
+            found[-1] = (found[-1][0], max(stop, found[-1][1]))
+        else:
+            found.append((start, stop))
+    return found
 
 
 class _Lookup:
