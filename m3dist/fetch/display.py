@@ -62,10 +62,11 @@ class FetchDisplay:
             return
         self.said = now
         rate = done / max(now - self.began, 1e-9)
+        left = f", {(total - done) / rate:.0f} s left" if rate else ""
         each = ", ".join(f"rank {r} {100 * t.done // max(t.total, 1)}%" for r, t in enumerate(tallies) if t.total)
         print(
-            f"{self.title}: {decimal(done)} of {decimal(total)}, {decimal(int(rate))}/s,"
-            f" {(total - done) / max(rate, 1.0):.0f} s left{f' ({each})' if len(tallies) > 1 and each else ''}",
+            f"{self.title}: {decimal(done)} of {decimal(total)}, {decimal(int(rate))}/s{left}"
+            f"{f' ({each})' if len(tallies) > 1 and each else ''}",
             file=self.stream,
             flush=True,
         )
