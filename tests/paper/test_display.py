@@ -82,7 +82,7 @@ def test_bars(monkeypatch, ranks):
     own, both = ["rank 0 1.0/4.0 GB", "rank 1 3.0/4.0 GB"], "fetching owner/name 4.0/8.0 GB"
     wanted = ["fetching owner/name 1.0/4.0 GB"] if ranks == 1 else [*own, both]
     parts = [
-        re.fullmatch(r"(.+\S) +[━╸╺ ]+ (\S+ GB) (\?|[\d.]+ .?B/s) +(-:--:--|\d+:\d+:\d+) *", line) for line in found
+        re.fullmatch(r"([\w /]+?) +[━╸╺ ]+ (\S+ GB) (\?|[\d.]+ .?B/s) +(-:--:--|\d+:\d+:\d+) *", line) for line in found
     ]
     assert [f"{part[1]} {part[2]}" for part in parts if part][-len(wanted) :] == wanted
     assert "\x1b[?25h" in stream.getvalue()
