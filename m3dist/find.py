@@ -227,10 +227,12 @@ def _published_bytes(wanted: Wanted, world: int) -> list[int] | None:
 
 
 def _agreed(missing: Missing, comm: Comm, watchdog: Watchdog) -> bool:
-    """Whether somebody at rank 0's terminal wants it fetched now."""
+    """Whether somebody at rank 0's terminal wants it fetched now; nobody is waited for where there is no terminal."""
+    if not comm.object_from_rank_0(sys.stdin.isatty() and sys.stderr.isatty()):
+        return False
     watchdog.progress("an answer at the terminal", math.inf)
     answer = ""
-    if comm.rank == 0 and sys.stdin.isatty() and sys.stderr.isatty():
+    if comm.rank == 0:
         amount = decimal(missing.nbytes) if missing.nbytes else "it"
         print(f"{missing}, or now.\nFetch {amount} now? [y/N] ", end="", file=sys.stderr, flush=True)
         answer = sys.stdin.readline().strip().lower()
