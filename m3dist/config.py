@@ -14,6 +14,7 @@ from typing import Any
 from m3dist.errors import ConfigError
 
 CONFIG = "config.json"
+MOST_LAYERS = 1000  # M3 has 60; planning takes time for each
 MODEL_TYPES = ("minimax_m3_vl", "minimax_m3_vl_text", "minimax_m3_text", "minimax_m3")
 
 
@@ -65,6 +66,8 @@ class ModelConfig:
         reader = _Reader(text)
         _check_supported(config, text, reader)
         layers = reader.integer("num_hidden_layers")
+        if layers > MOST_LAYERS:
+            raise ConfigError(f"config.json: {layers} layers are too many; at most {MOST_LAYERS} are read")
         heads, head_dim = reader.integer("num_attention_heads"), reader.integer("head_dim")
         sparse = _layer_flags(
             reader, "sparse_attention_freq", "layer_types", "minimax_m3_sparse", layers, default=False

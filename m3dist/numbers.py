@@ -4,11 +4,11 @@ Any thread may call it. Everything goes through arrays of `HOLDERS`' types: nump
 """
 
 import math
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
-from m3dist.checkpoint import StoredTensor
+from m3dist.checkpoint import Files, StoredTensor
 from m3dist.errors import CheckpointError
 from m3dist.reads import Read
 from m3dist.tensors import FLOATS
@@ -23,13 +23,6 @@ HOLDERS: dict[str, np.dtype[Any]] = {
     "U32": np.dtype(np.uint32),
     "F8_E4M3": np.dtype(np.uint8),
 }
-
-
-class Files(Protocol):
-    """Where the bytes come from. Any thread may read."""
-
-    def read(self, name: str, offset: int, into: memoryview) -> None:
-        """Fill `into` (bytes) from byte `offset` of a file. Raises CheckpointError naming the file."""
 
 
 def fill(read: Read, target: np.ndarray, dtype: str, files: Files) -> None:

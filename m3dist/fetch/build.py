@@ -6,7 +6,7 @@ ready at all of them is exchanged. So none ever waits in a collective for anothe
 
 import time
 from bisect import bisect_right
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -30,6 +30,9 @@ from m3dist.translation import Assembly, Translation
 
 TICK = 0.2  # seconds between words of the ranks to each other, while they wait for the source
 SPOOLED = 32  # blocks a rank fetches for others ahead of them
+ROUNDS = 8  # of the exchange between two words of the ranks
+
+Spooled = tuple[str, Span]  # module and rows
 
 
 class Source:
@@ -100,8 +103,6 @@ class Build:
         self.work, self.form, self.kept, self.connections = work, work.form, kept, connections
         self.rounds = rounds(blocks, comm.world)
         self.exchanged = 0  # rounds
-        self.items = deque(pair[comm.rank] for pair in self.rounds if pair[comm.rank])
-        self.droppable: list[int] = []
         rank = comm.rank
         self.parts = {n: len(b.givers) for n, b in enumerate(blocks) if any(taker == rank for taker, _ in b.takers)}
         self.wanted = len(self.parts)
@@ -109,9 +110,17 @@ class Build:
         self.shared = deque(n for n in mine if blocks[n].shared)
         self.direct = deque(n for n in mine if not blocks[n].shared)
         self.copies = deque(n for n, b in enumerate(blocks) if not b.fetched and not b.shared and b.owner == rank)
-        self.spooled: set[int] = set()
         self.total, self.got = sum(blocks[n].source_bytes for n in mine), 0
         self.pending: dict[Future[Rows], int] = {}
+        # What lies in the spool, by module and rows, and how many blocks are still to be given of it.
+        given = [blocks[item.block] for items in self.rounds if (item := items[rank])]
+        kept = [
+            spooled for block in given if not block.fetched and (spooled := work.spool_of(block.module, block.rows))
+        ]
+        self.spooled = Counter(kept)
+        self.given: list[Spooled] = []
+        for spooled in set(work.spooled_rows()) - set(kept):  # an interrupted run left what nobody needs any more
+            work.drop(*spooled)
 
     def run(self, report: Callable[[list[Tally]], None]) -> None:
         """Do it all. `report` gets every rank's tally a few times a second. Raises this rank's own error, or
@@ -119,27 +128,31 @@ class Build:
         error: Exception | None = None
         pool = ThreadPoolExecutor(self.connections)
         try:
-            while not self._meet(error, report):
+            while True:
+                count = self._meet(error, report)
+                if count is None:
+                    return
+                for items in self.rounds[self.exchanged : self.exchanged + count]:
+                    error = self._exchange(items, error)
+                self.exchanged += count
                 try:
                     self._work(pool)
                 except Exception as caught:  # whatever it is, the others must not wait for this rank
-                    error = caught
+                    error = error or caught
         finally:
             pool.shutdown(wait=False, cancel_futures=True)  # a thread may be waiting for the hub for long
 
     def _work(self, pool: ThreadPoolExecutor) -> None:
-        """What this rank can do alone, for about TICK seconds."""
+        """What this rank can do alone, for about TICK seconds: a conversion may take as long by itself."""
         until = time.monotonic() + TICK
-        while True:
+        while (left := until - time.monotonic()) > 0 and (self.copies or self.shared or self.direct or self.pending):
             self._start(pool)
             if self.copies:
                 self._copy(self.copies.popleft())
-            left = 0.0 if self.copies else max(0.0, until - time.monotonic())
-            ended, _ = wait(self.pending, left, FIRST_COMPLETED) if self.pending else (set(), None)
-            for future in ended:
+                left = 0.0
+            ended, _ = wait(self.pending, left, FIRST_COMPLETED)
+            for future in list(ended)[:1]:  # and look at the clock: its connection waits, and the other ranks
                 self._take(self.pending.pop(future), future.result())
-            if time.monotonic() >= until or not (self.copies or self.pending):
-                return
 
     def _start(self, pool: ThreadPoolExecutor) -> None:
         """Keep every connection busy: with what others wait for, as long as they follow."""
@@ -159,7 +172,7 @@ class Build:
         leaves = self._converted(block.module, fetched)
         if block.shared:
             self.work.spool(block.module, block.rows, leaves)
-            self.spooled.add(number)
+            self.spooled[block.module, block.rows] = 1
         else:
             self._place(number, leaves, (0, self.form.columns(block.module)))
 
@@ -175,13 +188,13 @@ class Build:
         """From what this rank keeps itself."""
         block = self.blocks[number]
         _, columns = block.givers[0]
-        self._place(number, self._kept(block, columns), columns)
+        self._place(number, self._kept(block.module, block.rows, columns), columns)
 
-    def _kept(self, block: Block, columns: Span) -> Rows:
-        if leaves := self.work.unspool(block.module, block.rows):
+    def _kept(self, module: str, rows: Span, columns: Span) -> Rows:
+        if leaves := self.work.unspool(module, rows):
             return _columns(self.form, leaves, columns)
-        kept = next(kept for kept in self.kept if kept.has(block.module, block.rows, columns))
-        return kept.placed.read(block.module, block.rows, columns)
+        kept = next(kept for kept in self.kept if kept.has(module, rows, columns))
+        return kept.placed.read(module, rows, columns)
 
     def _place(self, number: int, leaves: Rows, columns: Span) -> None:
         block = self.blocks[number]
@@ -194,57 +207,58 @@ class Build:
     # -----------------------------------------------------------------------------------------------------------------
     # Together
 
-    def _meet(self, error: Exception | None, report: Callable[[list[Tally]], None]) -> bool:
-        """Tell the others, hear them, and exchange what is ready everywhere. True once all are done."""
-        ready = self._ready()
+    def _meet(self, error: Exception | None, report: Callable[[list[Tally]], None]) -> int | None:
+        """Tell the others, and hear them. How many rounds of the exchange all are ready for; None once all are done."""
         tally = (self.got, self.total, self.wanted - len(self.parts), self.wanted)
-        own = {"failed": error and f"{type(error).__name__}: {error}", "ready": ready, "tally": tally}
-        said = self.comm.gather_objects(own)
-        for number in self.droppable:  # every rank has noted them, or it could not have come here
-            self.work.drop(self.blocks[number].module, self.blocks[number].rows)
-        self.droppable.clear()
+        failed = error and f"{type(error).__name__}: {error}"
+        said = self.comm.gather_objects({"failed": failed, "ready": self._ready(), "tally": tally})
         if error:
             raise error
         for rank, word in enumerate(said):
             if word["failed"]:
                 raise CommunicationError(f"rank {rank} failed: {word['failed']}")
+        for spooled in self.given:  # every rank has noted them, or it could not have come here
+            self.work.drop(*spooled)
+        self.given.clear()
         report([Tally(*word["tally"]) for word in said])
-        if self.exchanged == len(self.rounds):
-            return all(word["tally"][2] == word["tally"][3] for word in said)
-        for _ in range(min(word["ready"] for word in said) - self.exchanged):
-            self._exchange(self.rounds[self.exchanged])
-            self.exchanged += 1
-        return False
+        over = all(word["tally"][2] == word["tally"][3] for word in said)
+        return None if over and self.exchanged == len(self.rounds) else min(word["ready"] for word in said)
 
     def _ready(self) -> int:
-        """How many rounds could be gone through as far as this rank is concerned."""
-        count = self.exchanged
-        while count < len(self.rounds):
-            item = self.rounds[count][self.comm.rank]
-            if item and self.blocks[item.block].fetched and item.block not in self.spooled:
-                break
-            count += 1
-        return count
+        """How many rounds more could be gone through as far as this rank is concerned, ROUNDS at most."""
+        rounds = self.rounds[self.exchanged : self.exchanged + ROUNDS]
+        for count, items in enumerate(rounds):
+            item = items[self.comm.rank]
+            block = item and self.blocks[item.block]
+            if block and block.fetched and not self.spooled[block.module, block.rows]:
+                return count
+        return len(rounds)
 
-    def _exchange(self, items: Sequence[Item | None]) -> None:
-        """One round: every rank's item to all of them; each puts in place what it wants."""
-        blocks = self.blocks
-        sizes = [self.form.nbytes(blocks[i.block].module, blocks[i.block].rows, i.columns) if i else 0 for i in items]
+    def _exchange(self, items: Sequence[Item | None], error: Exception | None) -> Exception | None:
+        """One round: every rank's item to all of them; each puts in place what it wants. A rank with an error takes
+        part, so that the others need not wait for it, and says so when all meet. Returns the error."""
+        areas = [
+            item and (self.blocks[item.block].module, self.blocks[item.block].rows, item.columns) for item in items
+        ]
+        sizes = [self.form.nbytes(*area) if area else 0 for area in areas]
         given = np.zeros(max(sizes), np.uint8)
-        if own := items[self.comm.rank]:
-            block = blocks[own.block]
-            given[: sizes[self.comm.rank]] = self.form.join(block.module, self._kept(block, own.columns))
+        try:
+            if own := areas[self.comm.rank]:
+                given[: sizes[self.comm.rank]] = self.form.join(own[0], self._kept(*own))
+        except Exception as caught:
+            error = error or caught
         gathered = np.array(self.comm.all_gather(mx.array(given)), copy=False)
-        for rank, item in enumerate(items):
-            if not item:
-                continue
-            block = blocks[item.block]
-            if item.block in self.parts:
-                data = gathered[rank, : sizes[rank]]
-                self._place(item.block, self.form.split(block.module, block.rows, item.columns, data), item.columns)
-            if rank == self.comm.rank and block.fetched:
-                self.spooled.discard(item.block)
-                self.droppable.append(item.block)
+        try:
+            for item, area, size, row in zip(items, areas, sizes, gathered):
+                if item and item.block in self.parts and not error:
+                    self._place(item.block, self.form.split(*area, row[:size]), item.columns)
+            if own and (spooled := self.work.spool_of(own[0], own[1])):
+                self.spooled[spooled] -= 1
+                if not self.spooled[spooled]:
+                    self.given.append(spooled)
+        except Exception as caught:
+            error = error or caught
+        return error
 
 
 def _columns(form: Format, leaves: Rows, columns: Span) -> Rows:

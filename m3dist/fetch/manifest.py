@@ -26,7 +26,6 @@ MANIFEST = "manifest.json"
 FORMAT = 1  # of the manifest and of what lies beside it; another one is not read
 LARGEST_MANIFEST = 1 << 24  # bytes; M3's, with a format for each module and a thousand files, has 0.3 MB
 LARGEST_NUMBER = 2**53  # of a config: a float holds it exactly, and no product of such takes long
-MOST_LAYERS = 1000  # M3 has 60
 AGAIN = "`m3dist fetch MODEL` makes this entry anew"
 
 
@@ -238,10 +237,6 @@ def _config(fields: _Fields, raw: Mapping[str, Any]) -> ModelConfig:
             left += value.values() if isinstance(value, dict) else value
         elif type(value) in (int, float) and not (math.isfinite(value) and abs(value) <= LARGEST_NUMBER):
             fields.refuse("config", f"{reprlib.repr(value)} is too large a number")
-    text = raw.get("text_config", raw)
-    layers = text.get("num_hidden_layers") if isinstance(text, dict) else None
-    if type(layers) is int and layers > MOST_LAYERS:
-        fields.refuse("config", f"{layers} layers are too many; at most {MOST_LAYERS} are read")
     try:
         return ModelConfig.from_dict(raw)
     except ConfigError as error:

@@ -92,8 +92,10 @@ class Work:
 
     def sync(self) -> None:
         """What is noted survives a power cut from here on."""
-        for descriptor in self.placed.descriptors.values():
+        for file in self.open_files:  # also those that only a process before this one wrote to
+            descriptor = os.open(self.directory / file.name, os.O_RDONLY)
             os.fsync(descriptor)
+            os.close(descriptor)
         self._note("synced")
         os.fsync(self.journal)
         self.synced = time.monotonic()
@@ -120,12 +122,23 @@ class Work:
 
     def unspool(self, module: str, rows: Span) -> Rows | None:
         """Rows that were kept, whole, or None."""
+        if not (found := self.spool_of(module, rows)):
+            return None
+        _, kept = found
+        data = np.fromfile(self._spooled(module, kept), np.uint8)
+        leaves = self.form.split(module, kept, (0, self.form.columns(module)), data)
+        return {tensor: leaf[rows[0] - kept[0] : rows[1] - kept[0]] for tensor, leaf in leaves.items()}
+
+    def spool_of(self, module: str, rows: Span) -> tuple[str, Span] | None:
+        """The block of the spool that has these rows."""
         for kept in self.spools.get(module, ()):
             if kept[0] <= rows[0] and rows[1] <= kept[1]:
-                data = np.fromfile(self._spooled(module, kept), np.uint8)
-                leaves = self.form.split(module, kept, (0, self.form.columns(module)), data)
-                return {tensor: leaf[rows[0] - kept[0] : rows[1] - kept[0]] for tensor, leaf in leaves.items()}
+                return module, kept
         return None
+
+    def spooled_rows(self) -> list[tuple[str, Span]]:
+        """Every block of the spool: module and rows."""
+        return [(module, rows) for module, spans in self.spools.items() for rows in spans]
 
     def drop(self, module: str, rows: Span) -> None:
         """Every rank has it."""
@@ -159,6 +172,7 @@ class Work:
         shutil.rmtree(self.directory)
 
     def _prepare(self, file: OutputFile) -> None:
+        (self.directory / file.name).unlink(missing_ok=True)  # it may be the same as an entry's
         with open(self.directory / file.name, "wb") as made:
             made.write(file.header)
             made.truncate(file.nbytes)
@@ -179,13 +193,15 @@ def _lines(directory: Path, identity: str) -> list[str] | None:
         text = (directory / JOURNAL).read_text()
     except FileNotFoundError:
         return None
-    first, *rest = text[: text.rfind("\n") + 1].splitlines()  # the last line may be cut off
-    if first != identity:
+    lines = text[: text.rfind("\n") + 1].splitlines()  # the last line may be cut off
+    if not lines:  # they had not come to the disk when the machine went down
+        return None
+    if lines[0] != identity:
         raise StoreError(f"{directory} holds something else, unfinished; remove it, or name another directory")
     running = ""
     sure: list[str] = []
     fresh: list[str] = []
-    for line in (*rest, f"boot {boot()}"):
+    for line in (*lines[1:], f"boot {boot()}"):
         if line == "synced":
             sure, fresh = sure + fresh, []
         elif line.startswith("boot "):

@@ -60,6 +60,7 @@ def test_m3_1_counts_come_from_the_config():
         (("text_config",), "hidden_size", None, "no hidden_size"),
         (("text_config",), "hidden_size", "64", "hidden_size must be an integer of at least 1, not '64'"),
         (("text_config",), "num_hidden_layers", True, "num_hidden_layers must be an integer"),
+        (("text_config",), "num_hidden_layers", 10**9, "1000000000 layers are too many; at most 1000 are read"),
         (("text_config",), "rms_norm_eps", -1, "rms_norm_eps must be a positive number"),
         (("text_config",), "moe_layer_freq", [1, 1], "moe_layer_freq (or mlp_layer_types) must list 4 entries"),
         (("text_config",), "num_key_value_heads", 3, "num_attention_heads is not a multiple of num_key_value_heads"),
