@@ -29,7 +29,7 @@ from m3dist.tensors import FLOATS, Inventory, split_name
 from m3dist.translation import Assembly, Translation
 
 TICK = 0.2  # seconds between words of the ranks to each other, while they wait for the source
-SPOOLED = 32  # blocks a rank fetches for others ahead of them
+SPOOLED = 32  # rounds of the exchange for which a rank fetches ahead of the others
 ROUNDS = 8  # of the exchange between two words of the ranks
 
 Spooled = tuple[str, Span]  # module and rows
@@ -107,16 +107,15 @@ class Build:
         self.parts = {n: len(b.givers) for n, b in enumerate(blocks) if any(taker == rank for taker, _ in b.takers)}
         self.wanted = len(self.parts)
         mine = [n for n, block in enumerate(blocks) if block.fetched and block.owner == rank]
-        self.shared = deque(n for n in mine if blocks[n].shared)
+        given = [(n, item.block) for n, items in enumerate(self.rounds) if (item := items[rank])]
+        self.shared = deque((n, block) for n, block in given if blocks[block].fetched)  # round and block
         self.direct = deque(n for n in mine if not blocks[n].shared)
         self.copies = deque(n for n, b in enumerate(blocks) if not b.fetched and not b.shared and b.owner == rank)
         self.total, self.got = sum(blocks[n].source_bytes for n in mine), 0
         self.pending: dict[Future[Rows], int] = {}
         # What lies in the spool, by module and rows, and how many blocks are still to be given of it.
-        given = [blocks[item.block] for items in self.rounds if (item := items[rank])]
-        kept = [
-            spooled for block in given if not block.fetched and (spooled := work.spool_of(block.module, block.rows))
-        ]
+        passed = [blocks[block] for _, block in given if not blocks[block].fetched]
+        kept = [spooled for block in passed if (spooled := work.spool_of(block.module, block.rows))]
         self.spooled = Counter(kept)
         self.given: list[Spooled] = []
         for spooled in set(work.spooled_rows()) - set(kept):  # an interrupted run left what nobody needs any more
@@ -150,18 +149,21 @@ class Build:
             if self.copies:
                 self._copy(self.copies.popleft())
                 left = 0.0
+            elif not self.pending:
+                return  # until the others follow
             ended, _ = wait(self.pending, left, FIRST_COMPLETED)
             for future in list(ended)[:1]:  # and look at the clock: its connection waits, and the other ranks
                 self._take(self.pending.pop(future), future.result())
 
     def _start(self, pool: ThreadPoolExecutor) -> None:
         """Keep every connection busy: with what others wait for, as long as they follow."""
-        while len(self.pending) < self.connections and (self.shared or self.direct):
-            ahead = len(self.spooled) + sum(self.blocks[n].shared for n in self.pending.values())
-            queue = self.shared if self.shared and (ahead < SPOOLED) else self.direct
-            if not queue:
+        while len(self.pending) < self.connections:
+            if self.shared and self.shared[0][0] < self.exchanged + SPOOLED:
+                _, number = self.shared.popleft()
+            elif self.direct:
+                number = self.direct.popleft()
+            else:
                 return
-            number = queue.popleft()
             block = self.blocks[number]
             self.pending[pool.submit(self.source.fetch, block.module, block.rows)] = number
 
