@@ -50,7 +50,10 @@ def run_rank(program: Callable[[Watchdog], int], launch: Launch, dtype: str | No
     try:
         prepare_metal(launch.rank)
         status = program(watchdog)
-        watchdog.progress("exit", START_LIMIT)  # where MPI waits for the others, which may still wait for us
+        if launch.world == 1:
+            watchdog.stop()  # this process may have more to do
+        else:
+            watchdog.progress("exit", START_LIMIT)  # where MPI waits for the others, which may still wait for us
         return status
     except M3Error as error:
         code = EXIT_PEER_LOST if isinstance(error, CommunicationError) else 2
