@@ -12,6 +12,9 @@ USABLE_BANDWIDTH = 0.75
 # Of the published arithmetic, what MLX's matrix products reach: 17.4 of 28.6 TFLOP/s in float16 on an M3 Ultra
 # (raullenchai/Rapid-MLX/pull/258); attention came within 12% of that there.
 USABLE_FLOPS = 0.6
+# How often K and V that many tokens selected pass through memory: sparse.attend_gathered copies them, attention reads
+# the copies.
+SELECTED_PASSES = 3
 # Seconds a small dependent kernel takes in a long chain: 3,200 in 8.8 ms on an M3 Ultra (ml-explore/mlx/issues/4521).
 LAUNCH = 2.75e-6
 # Seconds to hand an array from the GPU to the CPU and back, as each sum on a Mac needs: 180 us on an M3 Ultra
@@ -51,10 +54,16 @@ class Machine:
     name: str
     bandwidth: float  # bytes/s, reading weights for one token
     flops: float  # FLOP/s of products of weights with many tokens
-    attention_bandwidth: float  # bytes/s, reading K and V
+    expert_flops: float  # the same, of tokens that chose their experts
+    attention_bandwidth: float  # bytes/s, reading K and V, and index K, for one token
     attention_flops: float  # FLOP/s
+    index_flops: float  # FLOP/s of the index scores that blocks are chosen by
+    selected_bandwidth: float  # bytes/s of K and V that many tokens chose, each its own
     launch: float  # seconds a kernel takes beyond its reads and its arithmetic
+    # bytes/s of weights that are unpacked before they are multiplied by many tokens; None: unpacked on the way
+    unpack_bandwidth: float | None = None
     host: float = 0.0  # seconds Python takes to build and submit a layer of a decode step
+    host_selection: float = 0.0  # and beyond that, a layer that selects blocks
     sources: Mapping[str, str] = field(default_factory=dict)
 
 

@@ -57,20 +57,40 @@ def machine_of(result: dict[str, Any], path: str) -> Machine:
     wanted = {
         "bandwidth": ("matvec_bandwidth", "memory_bandwidth"),
         "flops": ("matmul_flops",),
-        "attention_bandwidth": ("memory_bandwidth",),
+        "expert_flops": ("expert_flops", "matmul_flops"),
+        "attention_bandwidth": ("attention_bandwidth", "memory_bandwidth"),
         "attention_flops": ("attention_flops", "matmul_flops"),
+        "index_flops": ("index_flops", "attention_flops", "matmul_flops"),
+        "selected_bandwidth": ("selected_bandwidth", "attention_bandwidth", "memory_bandwidth"),
         "launch": ("launch_seconds",),
     }
     used = {field: next(name for name in names if figures.get(name)) for field, names in wanted.items()}
     sources = {field: f"{name} measured, {path}" for field, name in used.items()}
     values = {field: figures[name] for field, name in used.items()}
-    if hosts := [row["split"]["host_seconds"] for row in result["decode"] if "split" in row]:
-        layers = ModelConfig.from_dict(result["config"]).num_hidden_layers
-        values["host"], sources["host"] = (
-            median(hosts) / layers,
-            f"host_seconds of its {layers} layers measured, {path}",
-        )
-    return Machine(result["device"], **values, sources=sources)
+    if figures.get("unpack_bandwidth"):
+        values["unpack_bandwidth"] = figures["unpack_bandwidth"]
+        sources["unpack_bandwidth"] = f"unpack_bandwidth measured, {path}"
+    if hosts := host_of(result):
+        sources |= dict.fromkeys(hosts, f"host_seconds measured, {path}")
+    return Machine(result["device"], **values, **hosts, sources=sources)
+
+
+def host_of(result: dict[str, Any]) -> dict[str, float]:
+    """Machine's host and, where decode was measured on both sides of the block budget, host_selection: seconds a layer.
+
+    Empty where Python was not measured.
+    """
+    c = ModelConfig.from_dict(result["config"])
+    within: list[float] = []
+    beyond: list[float] = []
+    for row in result["decode"]:
+        if "split" in row:
+            selects = row["context"] > c.sparse_topk_blocks * c.sparse_block_size and any(c.sparse_attention_freq)
+            (beyond if selects else within).append(row["split"]["host_seconds"])
+    if not within or not beyond:
+        return {"host": median(within + beyond) / c.num_hidden_layers} if within + beyond else {}
+    more = max(0.0, median(beyond) - median(within)) / sum(c.sparse_attention_freq)
+    return {"host": median(within) / c.num_hidden_layers, "host_selection": more}
 
 
 def link_of(result: dict[str, Any], path: str) -> Link | None:

@@ -7,7 +7,17 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from m3dist.errors import PlanError
-from m3dist.machines import LAUNCH, LINKS, MACS, PUBLISHED_SPEEDS, USABLE_BANDWIDTH, USABLE_FLOPS, Link, Machine
+from m3dist.machines import (
+    LAUNCH,
+    LINKS,
+    MACS,
+    PUBLISHED_SPEEDS,
+    SELECTED_PASSES,
+    USABLE_BANDWIDTH,
+    USABLE_FLOPS,
+    Link,
+    Machine,
+)
 from m3dist.measured import Comparison, compare, link_of, machine_of, read_bench
 from m3dist.options import GPU_PREFILL_CHUNK, MAX_RANKS
 from m3dist.plan_report import GIB, RESERVE_GIB, inventory_of, table
@@ -22,6 +32,9 @@ from m3dist.predict import (
     predict,
 )
 
+# The values of a Machine that --bandwidth (GB/s) and --flops (TFLOP/s) replace, and the units they are in.
+READS = {"bandwidth": 1e9, "attention_bandwidth": 1e9, "selected_bandwidth": 1e9 / SELECTED_PASSES}
+COMPUTES = dict.fromkeys(("flops", "expert_flops", "attention_flops", "index_flops"), 1e12)
 # Where the flags say nothing.
 WORLDS = (1, 2, 4, 8)
 MAC = "m3-ultra"
@@ -73,8 +86,8 @@ def machine_and_links(args: argparse.Namespace, bench: dict[str, Any] | None) ->
         if not links:
             raise PlanError(f"--link {args.link}: {mac} has no Thunderbolt 5, which RDMA needs")
     for flag, value, fields in (
-        ("--bandwidth", args.bandwidth, {"bandwidth": 1e9, "attention_bandwidth": 1e9}),
-        ("--flops", args.flops, {"flops": 1e12, "attention_flops": 1e12}),
+        ("--bandwidth", args.bandwidth, READS),
+        ("--flops", args.flops, COMPUTES),
         ("--launch", args.launch, {"launch": 1e-6}),
     ):
         machine = replaced(machine, flag, value, fields)
@@ -92,14 +105,11 @@ def machine_of_mac(name: str) -> Machine:
     bandwidth, flops = USABLE_BANDWIDTH * mac.bandwidth * 1e9, USABLE_FLOPS * mac.tflops * 1e12
     reads = f"assumed {USABLE_BANDWIDTH:g} of {mac.bandwidth:g} GB/s published ({mac.source})"
     computes = f"assumed {USABLE_FLOPS:g} of {mac.tflops:g} TFLOP/s on paper, as measured on an M3 Ultra"
-    sources = {
-        "bandwidth": reads,
-        "flops": computes,
-        "attention_bandwidth": reads,
-        "attention_flops": computes,
-        "launch": "a chain of small kernels on an M3 Ultra (ml-explore/mlx issue 4521)",
-    }
-    return Machine(name, bandwidth, flops, bandwidth, flops, LAUNCH, sources=sources)
+    sources = dict.fromkeys(READS, reads) | dict.fromkeys(COMPUTES, computes)
+    sources["launch"] = "a chain of small kernels on an M3 Ultra (ml-explore/mlx issue 4521)"
+    values = dict.fromkeys(COMPUTES, flops) | {"bandwidth": bandwidth, "attention_bandwidth": bandwidth}
+    values["selected_bandwidth"] = bandwidth / SELECTED_PASSES
+    return Machine(name, **values, launch=LAUNCH, sources=sources)
 
 
 def replaced(figures: Any, flag: str, value: float | None, units: Mapping[str, float]) -> Any:
@@ -113,10 +123,7 @@ def replaced(figures: Any, flag: str, value: float | None, units: Mapping[str, f
 def assumptions(machine: Machine, links: Sequence[Link]) -> list[str]:
     """Every value, and where it is from."""
     lines = [
-        f"{machine.name}: weights are read at {machine.bandwidth / 1e9:.4g} GB/s: {machine.sources['bandwidth']}",
-        f"{machine.name}: products compute {machine.flops / 1e12:.4g} TFLOP/s: {machine.sources['flops']}",
-        f"{machine.name}: attention reads {machine.attention_bandwidth / 1e9:.4g} GB/s and computes"
-        f" {machine.attention_flops / 1e12:.4g} TFLOP/s: {attention_source(machine)}",
+        *speed_lines(machine),
         f"{machine.name}: {machine.launch * 1e6:.2f} us a kernel: {machine.sources['launch']}",
         f"{machine.name}: {python_line(machine)}",
         f"kernels: {KERNELS_DENSE_LAYER} a dense layer, {KERNELS_MOE_LAYER} a layer with experts, {KERNELS_SELECTION}"
@@ -132,22 +139,47 @@ def assumptions(machine: Machine, links: Sequence[Link]) -> list[str]:
         lines.append(f"{link.name}: a rank sends {link.bandwidth / 1e9:.2f} GB/s: {link.sources['bandwidth']}")
     return [
         *lines,
-        "a product takes the longer of its reads and its arithmetic; K and V are read once a KV head, selected blocks"
-        " once a query",
+        "a product takes the longer of its reads and its arithmetic, or both where weights are unpacked first, which"
+        " happens from 8 or 24 rows on, by format; K and V are read once a KV head, selected blocks once a query",
+        "a prompt's last token is a step of decode; the others end with the last layer's keys and values",
         "nothing overlaps: neither sums nor launches with reading or computing",
     ]
+
+
+def speed_lines(machine: Machine) -> list[str]:
+    """What is read and computed how fast, and where that is from."""
+    lines, m = [], machine
+    for field, text in {
+        "bandwidth": f"weights are read for one token at {gigabytes(m.bandwidth)}",
+        "unpack_bandwidth": f"weights are unpacked for many tokens at {gigabytes(m.unpack_bandwidth)}",
+        "flops": f"products compute {teraflops(m.flops)}",
+        "expert_flops": f"products with the experts that tokens chose compute {teraflops(m.expert_flops)}",
+        "attention_bandwidth": f"attention of one token reads {gigabytes(m.attention_bandwidth)}",
+        "attention_flops": f"attention computes {teraflops(m.attention_flops)}",
+        "index_flops": f"blocks are chosen at {teraflops(m.index_flops)}",
+        "selected_bandwidth": "the K and V that each of many tokens selected take their bytes at"
+        f" {gigabytes(m.selected_bandwidth)}",
+    }.items():
+        if getattr(m, field) is None:
+            lines.append(f"{m.name}: weights are taken to be unpacked as they are multiplied")
+        else:
+            lines.append(f"{m.name}: {text}: {m.sources[field]}")
+    return lines
 
 
 def python_line(machine: Machine) -> str:
     if not machine.host:
         return "Python is taken to be faster than the GPU, one step ahead of it"
-    return f"Python takes {us(machine.host)} a layer, one step ahead: {machine.sources['host']}"
+    more = f", {us(machine.host_selection)} more where it selects blocks" if machine.host_selection else ""
+    return f"Python takes {us(machine.host)} a layer{more}, one step ahead: {machine.sources['host']}"
 
 
-def attention_source(machine: Machine) -> str:
-    reads, computes = machine.sources["attention_bandwidth"], machine.sources["attention_flops"]
-    same = (reads, computes) == (machine.sources["bandwidth"], machine.sources["flops"])
-    return "as products" if same else f"{reads}; {computes}"
+def gigabytes(bandwidth: float | None) -> str:
+    return f"{(bandwidth or 0.0) / 1e9:.4g} GB/s"
+
+
+def teraflops(flops: float) -> str:
+    return f"{flops / 1e12:.4g} TFLOP/s"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -18,14 +18,26 @@ from m3dist.predict import (
     KERNELS_SELECTION,
     KERNELS_TOKEN,
     Predictor,
+    Product,
+    Step,
     Tokens,
+    is_beyond_caches,
     possible_plans,
 )
+from m3dist.tensors import modules, split_name
 
 # Machines whose seconds are bytes, FLOP and kernels: what they do not show costs them nothing.
-READER = Machine("reads", 1.0, math.inf, 1.0, math.inf, launch=0.0)
-COMPUTER = Machine("computes", math.inf, 1.0, math.inf, 1.0, launch=0.0)
-LAUNCHER = Machine("launches", math.inf, math.inf, math.inf, math.inf, launch=1.0)
+READS = ("bandwidth", "attention_bandwidth", "selected_bandwidth")
+COMPUTES = ("flops", "expert_flops", "attention_flops", "index_flops")
+
+
+def machine(name: str, reads: float, computes: float, launch: float = 0.0) -> Machine:
+    return Machine(name, **dict.fromkeys(READS, reads), **dict.fromkeys(COMPUTES, computes), launch=launch)
+
+
+READER = machine("reads", 1.0, math.inf)
+COMPUTER = machine("computes", math.inf, 1.0)
+LAUNCHER = machine("launches", math.inf, math.inf, launch=1.0)
 FREE = Link("costs nothing", hop=0.0, bandwidth=math.inf)
 # MiniMax-M3, in its published numbers.
 HIDDEN, HEADS, KV, DIM, VOCABULARY = 6144, 64, 4, 128, 200064
@@ -63,13 +75,16 @@ def kv_heads(plan) -> list[int]:
     return [stop - start for start, stop in (share.spans["kv_head"] for share in plan.shares)]
 
 
-def active_values() -> int:
-    """Values of the matrices that one token is multiplied by, without the head."""
-    projections = HIDDEN * (2 * HEADS * DIM + 2 * KV * DIM)
+Q_AND_O, K_AND_V, INDEX = 2 * HIDDEN * HEADS * DIM, 2 * HIDDEN * KV * DIM, HIDDEN * (4 + 1) * 128
+MOE = 128 * HIDDEN + (4 + 1) * 3 * HIDDEN * 3072  # the router, and what one token is multiplied by
+
+
+def active_values(answer: bool = True) -> int:
+    """Values of the matrices that one token is multiplied by, without the head; `answer`: more than its K and V is
+    wanted of the last layer."""
     dense = 3 * HIDDEN * 12288
-    experts = 128 * HIDDEN + (4 + 1) * 3 * HIDDEN * 3072
-    index = HIDDEN * (4 + 1) * 128
-    return DENSE * (projections + dense) + SPARSE * (projections + index + experts)
+    whole = DENSE * (Q_AND_O + K_AND_V + dense) + SPARSE * (Q_AND_O + K_AND_V + INDEX + MOE)
+    return whole if answer else whole - Q_AND_O // 2 - MOE  # the queries are computed with the keys
 
 
 def test_a_step_computes_two_flop_a_value_and_the_attention(m3):
@@ -85,28 +100,73 @@ def test_a_step_computes_two_flop_a_value_and_the_attention(m3):
 
 def test_a_prompt_computes_what_its_tokens_would_but_for_the_head(m3):
     predictor = Predictor(make_plan(m3, 1), COMPUTER)
-    prompt = 3000  # in chunks of 1024, of which the first two stay within the budget
-    keys = sum(range(1, prompt + 1))
-    selected = sum(range(1, 2048 + 1)) + (prompt - 2048) * BUDGET
-    attention = 4 * HEADS * DIM * (DENSE * keys + SPARSE * selected) + SPARSE * 2 * 4 * 128 * 3000 * (3000 - 2048)
-    products = prompt * 2 * (active_values() + HIDDEN) + 2 * HIDDEN * VOCABULARY
-    assert predictor.prefill(prompt, 1024, FREE).compute == pytest.approx(products + attention)
+    prompt = 3000  # in chunks of 1024, of which the first two stay within the budget; the last token by itself
+    keys, selected = sum(range(1, prompt)), sum(range(1, 2048 + 1)) + (prompt - 1 - 2048) * BUDGET
+    index = 2 * 4 * 128 * 2999 * (2999 - 2048)
+    attention = 4 * HEADS * DIM * (DENSE * keys + (SPARSE - 1) * selected) + (SPARSE - 1) * index
+    products = 2999 * 2 * (active_values(answer=False) + HIDDEN)
+    last = predictor.decode(prompt, FREE).compute
+    assert predictor.prefill(prompt, 1024, FREE).compute == pytest.approx(products + attention + last)
+
+
+def test_experts_and_choices_have_their_own_speeds(m3):
+    plan, context = make_plan(m3, 1), 100_000
+    whole = Predictor(plan, COMPUTER).decode(context, FREE).compute
+    for field, flops in (
+        ("expert_flops", 2 * SPARSE * 4 * 3 * HIDDEN * 3072),
+        ("index_flops", 2 * SPARSE * 4 * 128 * context),
+    ):
+        faster = Predictor(plan, replace(COMPUTER, **{field: 2.0})).decode(context, FREE).compute
+        assert whole - faster == pytest.approx(flops / 2)
+
+
+def test_many_tokens_selected_keys_have_their_own_speed(m3):
+    plan, tokens = make_plan(m3, 1), Tokens(8192, 100, sampled=False)
+    slower = replace(READER, selected_bandwidth=0.5)
+    more = Predictor(plan, slower).step(tokens, FREE).memory - Predictor(plan, READER).step(tokens, FREE).memory
+    assert more == pytest.approx((SPARSE - 1) * 100 * BUDGET * 2 * KV * DIM * 2)
+    assert Predictor(plan, slower).decode(8192, FREE) == Predictor(plan, READER).decode(8192, FREE)
+
+
+def test_weights_that_are_unpacked_first_are_unpacked_and_multiplied(m3):
+    """One token's product reads them as they are; so do the rows of a few, each for itself."""
+    product = Product(1000, 2000, used=0.25, unpacked_from=8, is_expert=True, is_beyond_caches=False)
+    unpacking = replace(machine("unpacks", 1.0, 10.0), unpack_bandwidth=0.5)
+    predictor = Predictor(make_plan(m3, 1), unpacking)
+    assert predictor._product(product, 1) == Step(memory=250)
+    assert predictor._product(product, 31) == Step(memory=7750)
+    assert predictor._product(product, 32) == Step(memory=2000 * (1 - 0.75**32), compute=2 * 2000 * 8 / 10)
+    otherwise = Predictor(make_plan(m3, 1), replace(unpacking, unpack_bandwidth=None))
+    assert otherwise._product(product, 32) == Step(compute=2 * 2000 * 8 / 10)
+
+
+def test_the_modules_that_only_an_answer_needs(m3):
+    layer, dense = "language_model.model.layers.59", "language_model.model.layers.58"
+    beyond = {name.removeprefix("language_model.") for name in modules(m3.config) if is_beyond_caches(name, m3.config)}
+    assert not any(name.startswith(dense.removeprefix("language_model.")) for name in beyond)
+    kept = {name.removeprefix("language_model.") for name in modules(m3.config) if name.startswith(layer)} - beyond
+    assert {name.rpartition(".")[2] for name in kept} == {
+        "input_layernorm", "q_proj", "k_proj", "v_proj", "q_norm", "k_norm",
+        "index_q_proj", "index_k_proj", "index_q_norm", "index_k_norm",
+    }  # fmt: skip
+    assert {"lm_head", "model.norm"} <= beyond and "model.embed_tokens" not in beyond
+    assert is_beyond_caches("language_model.model.embed_tokens", replace(m3.config, tie_word_embeddings=True))
 
 
 def test_a_chunk_reads_each_expert_that_a_token_chose(m3):
     plan = make_plan(m3, 1)
     predictor = Predictor(plan, READER)
-    experts = sum(spec.nbytes for name, spec in plan.specs.items() if ".switch_mlp." in name)
+    wanted = {name: s for name, s in plan.specs.items() if not is_beyond_caches(split_name(name)[0], m3.config)}
+    experts = sum(spec.nbytes for name, spec in wanted.items() if ".switch_mlp." in name)
     for tokens, chosen in ((2, 1 - (31 / 32) ** 2), (4096, 1.0)):  # a token chooses one in 32
         once = predictor.step(Tokens(0, tokens, sampled=False), FREE).memory
         others = sum(
-            spec.nbytes
-            for name, spec in plan.specs.items()
-            if ".switch_mlp." not in name and "embed_tokens" not in name and "lm_head" not in name
+            spec.nbytes for name, spec in wanted.items() if ".switch_mlp." not in name and "embed_tokens" not in name
         )
         embedding = plan.specs["language_model.model.embed_tokens.weight"].nbytes * 1.125  # with scales and biases
-        seen = 2 * KV * DIM * 2 * (DENSE * tokens + SPARSE * (tokens if tokens <= BUDGET else selected(tokens)))
-        index = SPARSE * 128 * 4 * tokens if tokens > BUDGET else 0
+        sparse = (SPARSE - 1) * (tokens if tokens <= BUDGET else selected(tokens))
+        seen = 2 * KV * DIM * 2 * (DENSE * tokens + sparse)
+        index = (SPARSE - 1) * 128 * 4 * tokens if tokens > BUDGET else 0
         rows = embedding * (1 - (1 - 1 / VOCABULARY) ** tokens)
         assert once == pytest.approx(chosen * experts + others + rows + seen + index)
 
@@ -118,8 +178,7 @@ def selected(tokens: int) -> int:
 def test_a_product_takes_the_longer_of_reading_and_computing(m3):
     plan = make_plan(m3, 1)
     slow, fast, between = (
-        Predictor(plan, replace(READER, flops=flops, attention_flops=flops)).decode(512, FREE)
-        for flops in (1e-3, 1e6, 10)
+        Predictor(plan, machine("between", 1.0, flops)).decode(512, FREE) for flops in (1e-3, 1e6, 10)
     )
     assert fast.compute == 0 and slow.memory < 1e-3 * fast.memory  # norms only read
     # In 4 bits a product with one vector is 3.6 FLOP a byte; attention is 16, its 16 heads sharing K and V.
@@ -142,17 +201,17 @@ def test_kernels_are_counted_by_layer(m3):
     short = DENSE * KERNELS_DENSE_LAYER + SPARSE * KERNELS_MOE_LAYER + KERNELS_TOKEN
     assert predictor.decode(BUDGET, FREE).launch == short
     assert predictor.decode(BUDGET + 1, FREE).launch == short + SPARSE * KERNELS_SELECTION
-    assert predictor.prefill(1024, 512, FREE).launch == 2 * short
+    assert predictor.prefill(1025, 512, FREE).launch == 3 * short - 2 * KERNELS_MOE_LAYER
 
 
-@pytest.mark.parametrize(("attention", "sums"), [("heads", 121), ("replicated", 61)])
-def test_sums_of_a_step_and_of_a_prompt(m3, attention, sums):
+@pytest.mark.parametrize(("attention", "sums", "a_layer"), [("heads", 121, 2), ("replicated", 61, 1)])
+def test_sums_of_a_step_and_of_a_prompt(m3, attention, sums, a_layer):
     predictor = Predictor(make_plan(m3, 4, attention=attention), READER)
     latency = Link("latency only", hop=1.0, bandwidth=math.inf)
     assert predictor.decode(512, latency).link == 6 * (sums + 1)
-    assert predictor.prefill(1000, 500, latency).link == 6 * (2 * sums + 1)
+    assert predictor.prefill(1001, 500, latency).link == 6 * (2 * (sums - a_layer) + sums + 1)
     bandwidth = Link("bandwidth only", hop=0.0, bandwidth=1.0)
-    assert predictor.prefill(500, 500, bandwidth).link == pytest.approx(sums * 1.5 * 499 * HIDDEN * 2)
+    assert predictor.prefill(501, 500, bandwidth).link == pytest.approx((sums - a_layer) * 1.5 * 499 * HIDDEN * 2)
     alone = Predictor(make_plan(m3, 1), READER)
     assert alone.decode(512, latency).link == alone.prefill(500, 500, bandwidth).link == 0
 
@@ -164,6 +223,9 @@ def test_python_is_waited_for_where_it_takes_longer(m3):
     waiting = Predictor(plan, replace(MAC, host=without.seconds / 59)).decode(512, FREE)
     assert waiting.seconds == pytest.approx(without.seconds * 60 / 59)
     assert replace(waiting, host=0.0) == without
+    choosing = replace(MAC, host=1.0, host_selection=0.5)
+    assert Predictor(plan, choosing).decode(BUDGET, FREE).seconds == pytest.approx(60)
+    assert Predictor(plan, choosing).decode(BUDGET + 1, FREE).seconds == pytest.approx(60 + 0.5 * SPARSE)
 
 
 def test_a_sums_latency_by_topology():
@@ -182,8 +244,11 @@ def plans(m3):
     return {world: possible_plans(m3, world, "columns") for world in (1, 2, 4)}
 
 
-MAC = Machine("a Mac", 600e9, 17e12, 600e9, 17e12, 3e-6)
-BETTER = {"bandwidth": 700e9, "flops": 30e12, "attention_flops": 30e12, "attention_bandwidth": 700e9, "launch": 1e-6}
+MAC = replace(machine("a Mac", 600e9, 17e12, 3e-6), selected_bandwidth=200e9)
+BETTER = {
+    "bandwidth": 700e9, "flops": 30e12, "attention_flops": 30e12, "attention_bandwidth": 700e9, "launch": 1e-6,
+    "selected_bandwidth": 300e9, "expert_flops": 30e12, "index_flops": 30e12,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("better", BETTER)
@@ -254,8 +319,7 @@ def test_every_mac_has_a_source_and_can_be_predicted(capsys, name):
     assert "apple.com" in mac.source and "cores at" in mac.source
     found = run(capsys, "--mac", name, "--world", "4")
     assert found["machine"]["bandwidth"] < mac.bandwidth * 1e9 and found["machine"]["flops"] < mac.tflops * 1e12
-    values = {"bandwidth", "flops", "attention_bandwidth", "attention_flops", "launch"}
-    assert found["machine"]["sources"].keys() == values
+    assert found["machine"]["sources"].keys() == {*READS, *COMPUTES, "launch"}
     rdma = {link["name"] for link in found["links"]} & {"jaccl", "jaccl-fast-synch"}
     assert bool(rdma) == bool(mac.rdma_ports)
 
@@ -279,6 +343,8 @@ def test_published_speeds_have_sources(capsys):
     ("flags", "holder", "field", "value"),
     [
         (["--bandwidth", "500"], "machine", "bandwidth", 500e9),
+        (["--bandwidth", "600"], "machine", "selected_bandwidth", 200e9),
+        (["--flops", "20"], "machine", "expert_flops", 20e12),
         (["--flops", "20"], "machine", "flops", 20e12),
         (["--launch", "4"], "machine", "launch", 4e-6),
         (["--link", "jaccl", "--latency", "30"], "link", "exchange", 30e-6),
@@ -376,17 +442,45 @@ def inventory_path():
 def test_a_benchs_machine_and_link(bench):
     machine, link = machine_of(bench, "b.json"), link_of(bench, "b.json")
     assert (machine.bandwidth, machine.flops, machine.launch) == (400e9, 10e12, 3e-6)
-    assert (machine.attention_bandwidth, machine.attention_flops) == (400e9, 10e12)
-    own = bench["machine"] | {"matvec_bandwidth": 300e9, "attention_flops": 9e12}
-    machine = machine_of(bench | {"machine": own}, "b.json")
-    assert (machine.bandwidth, machine.attention_bandwidth, machine.attention_flops) == (300e9, 400e9, 9e12)
     assert machine.host == pytest.approx(1e-6) and machine_of(bench | {"decode": []}, "b.json").host == 0
-    assert "matvec_bandwidth" in machine.sources["bandwidth"] and "b.json" in machine.sources["launch"]
+    assert "b.json" in machine.sources["launch"]
     assert link.latency(4) == pytest.approx(60e-6) and link.latency(2) == pytest.approx(20e-6)
     assert link.seconds(4, 2e9) == pytest.approx(60e-6 + 1.0)
     nccl = link_of(bench | {"backend": "nccl"}, "b.json")
     assert nccl.latency(4) == nccl.latency(2) == 60e-6
     assert link_of(bench | {"world": 1}, "b.json") is None
+
+
+def test_what_a_bench_did_not_measure_is_taken_from_what_is_like_it(bench):
+    """Benches of older versions: less and less is missing. The source says what it was taken from."""
+
+    def check(measured: dict, **names: str) -> None:
+        machine = machine_of(bench | {"machine": bench["machine"] | measured}, "b.json")
+        figures = bench["machine"] | measured
+        for field, name in names.items():
+            assert getattr(machine, field) == figures[name]
+            assert machine.sources[field] == f"{name} measured, b.json"
+        assert machine.unpack_bandwidth == measured.get("unpack_bandwidth")
+
+    check({}, **dict.fromkeys(READS, "memory_bandwidth"), **dict.fromkeys(COMPUTES, "matmul_flops"))
+    first = {"matvec_bandwidth": 300e9, "attention_flops": 9e12}
+    check(first, bandwidth="matvec_bandwidth", attention_bandwidth="memory_bandwidth", index_flops="attention_flops")
+    rest = {"expert_flops": 8e12, "attention_bandwidth": 200e9, "index_flops": 7e12, "selected_bandwidth": 100e9}
+    check(first | rest, **{field: field for field in rest})
+    check(first | rest | {"index_flops": None, "selected_bandwidth": None}, selected_bandwidth="attention_bandwidth")
+    check(first | rest | {"unpack_bandwidth": 50e9}, unpack_bandwidth="unpack_bandwidth")
+
+
+def test_python_at_both_sides_of_the_budget(bench):
+    def hosts(*rows: tuple[int, float]) -> tuple[float, float]:
+        decode = [{"context": n, "split": {"host_seconds": seconds}} for n, seconds in rows]
+        machine = machine_of(bench | {"decode": [*decode, {"context": 3000}]}, "b.json")
+        return machine.host, machine.host_selection
+
+    assert hosts((512, 60e-6)) == pytest.approx((1e-6, 0))
+    assert hosts((BUDGET, 60e-6), (BUDGET + 1, 117e-6)) == pytest.approx((1e-6, 1e-6))
+    assert hosts((512, 60e-6), (16384, 50e-6)) == pytest.approx((1e-6, 0))
+    assert hosts((16384, 120e-6)) == pytest.approx((2e-6, 0))
 
 
 @pytest.mark.parametrize("random", RANDOM)

@@ -36,10 +36,12 @@ def check_figures(result: dict, world: int, vs: bool) -> None:
     """Everything is there, and of a size that can be."""
     assert result["world"] == world and result["dtype"] == "F32" and result["caches"].startswith("filled with random")
     machine = result["machine"]
-    for name in ("memory_bandwidth", "launch_seconds", "matmul_flops", "matvec_bandwidth", "attention_flops"):
-        assert machine[name] > 0
-    for name in ("sum_latency", "sum_bandwidth"):
-        assert machine[name] > 0 if world > 1 else machine[name] is None
+    between = ("sum_latency", "sum_bandwidth")
+    for name, value in machine.items():
+        assert value is None if name in between and world == 1 else value > 0, name
+    read_by_predictions = {"matvec_bandwidth", "unpack_bandwidth", "expert_flops", "attention_bandwidth"}
+    read_by_predictions |= {"attention_flops", "index_flops", "selected_bandwidth"}
+    assert {*between, "memory_bandwidth", "launch_seconds", "matmul_flops"} | read_by_predictions == machine.keys()
     assert len(result["weights_bytes"]) == world and min(result["weights_bytes"]) > 0
     assert [row["context"] for row in result["decode"]] == [64, 128, 300]
     assert [(row["prompt"], row["depth"]) for row in result["prefill"]] == [(48, 0), (32, 256)]
