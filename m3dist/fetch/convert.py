@@ -30,19 +30,30 @@ from m3dist.rank import STEP_LIMIT, run_rank
 from m3dist.tensors import modules
 from m3dist.watchdog import Watchdog
 
-LOCK = ".lock"
+
+def _directory(out: Path) -> Path:
+    """Where a conversion to `out` is written. Raises StoreError where something else is there."""
+    if not out.exists():
+        return out.with_name(f"{out.name}.partial")
+    if Work.identity(out) is None:
+        raise StoreError(f"{out} is there already; remove it, or name another directory")
+    return out  # whole, but the process was killed before it had tidied up
 
 
 @contextmanager
 def _locked(directory: Path) -> Iterator[None]:
-    """Keep another conversion away from a work directory. Raises StoreError where there is one."""
+    """Keep another conversion away from a directory, also when it is renamed. Raises StoreError where there is one."""
     directory.mkdir(parents=True, exist_ok=True)
-    lock = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    lock = os.open(directory, os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
     except BlockingIOError:
+        os.close(lock)
         raise StoreError(f"{directory}: another conversion writes there") from None
+    except OSError:
+        pass  # network volumes may have no locks for directories
+    try:
+        yield
     finally:
         os.close(lock)
 
@@ -58,8 +69,7 @@ def convert(options: ConvertOptions, watchdog: Watchdog) -> int:
     there already.
     """
     out = Path(os.path.abspath(os.path.expanduser(options.out)))
-    if out.exists():
-        raise StoreError(f"{out} is there already; remove it, or name another directory")
+    directory = _directory(out)
     comm = Comm()
     with opened(options.model, comm) as origin:
         translation = origin.checkpoint.translate()
@@ -70,8 +80,9 @@ def convert(options: ConvertOptions, watchdog: Watchdog) -> int:
         files = lay_out(mlx_layout.output_tensors(inventory), mlx_layout.LARGEST_FILE, mlx_layout.file_names)
         formats = {module: str(form) for module, form in inventory.quantization.items() if form}
         source = Source(origin.files, origin.checkpoint.stored, translation)
-        directory = out.with_name(f"{out.name}.partial")
         with _locked(directory):
+            if _directory(out) != directory:
+                raise StoreError(f"{out}: another conversion has just ended")
             identity = identity_of(model=origin.model, revision=origin.revision, formats=formats)
             work = Work(directory, files, form, identity)
             check_room(comm, work)
@@ -94,11 +105,11 @@ def convert(options: ConvertOptions, watchdog: Watchdog) -> int:
             for name, data in beside.items():
                 (directory / name).write_bytes(data)
             watchdog.progress("the end of the conversion", 10 * STEP_LIMIT)
+            work.sync()
             work.close()
             sync_all(directory)
-            tidy(directory)
-            os.rename(directory, out)
-            (out / LOCK).unlink()
-        origin.forget()
+            origin.forget()
+            os.rename(directory, out)  # with the journal: if it is killed now, the next one knows it
+            tidy(out)
     say(f"{out}: {decimal(sum(file.nbytes for file in files))}")
     return 0

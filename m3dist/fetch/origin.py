@@ -45,9 +45,12 @@ class Origin:
         return frozenset(self.files.sizes())
 
     def forget(self) -> None:
-        """The headers are not needed again."""
+        """The headers are not needed again, nor what a killed process had written of them."""
+        path = _headers(self.model, self.revision)
         with suppress(OSError):
-            os.unlink(_headers(self.model, self.revision))
+            for file in (path, *path.parent.glob(f".{path.name}.*")):
+                file.unlink(missing_ok=True)
+            path.parent.rmdir()  # a conversion keeps nothing in the store
 
 
 @contextmanager
