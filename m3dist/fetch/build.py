@@ -7,9 +7,10 @@ ready at all of them is exchanged. So none ever waits in a collective for anothe
 import time
 from bisect import bisect_right
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -21,9 +22,11 @@ from m3dist.fetch.display import Tally
 from m3dist.fetch.places import Format, Placed, Rows
 from m3dist.fetch.quantize import requantise
 from m3dist.fetch.schedule import Area, Block, Extent, Item, SourcePiece, rounds
+from m3dist.fetch.target import slice_of
 from m3dist.fetch.work import Work
 from m3dist.layout import Span
 from m3dist.numbers import HOLDERS, fill
+from m3dist.plan import Plan
 from m3dist.reads import Read
 from m3dist.tensors import FLOATS, Inventory, split_name
 from m3dist.translation import Assembly, Translation
@@ -73,17 +76,41 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Kept:
+class Holding:
     """What a rank has already: files of a target, of which `areas` may be relied on."""
 
     placed: Placed
     areas: Mapping[str, Sequence[Area]]
+
+    @classmethod
+    def of(
+        cls,
+        directory: Path,
+        plan: Plan,
+        rank: int,
+        modules: Container[str],
+        files: Container[str] | None = None,
+        done: Mapping[str, Sequence[Span]] | None = None,
+    ) -> "Holding":
+        """Of `rank`'s slice in a directory `modules`, as far as they are in `files`, or in the rows that are `done`."""
+        form = Format(plan.inventory.config, plan.specs)
+        present = [file for file in slice_of(plan, rank) if files is None or file.name in files]
+        areas = {module: areas for module, areas in form.areas(present).items() if module in modules}
+        if done is not None:
+            areas = {module: _within(areas[module], done[module]) for module in areas.keys() & done.keys()}
+        return cls(Placed(directory, present, form), areas)
 
     def has(self, module: str, rows: Span, columns: Span) -> bool:
         return any(
             area.rows[0] <= rows[0] < area.rows[1] and area.columns[0] <= columns[0] and columns[1] <= area.columns[1]
             for area in self.areas.get(module, ())
         )
+
+
+def _within(areas: Sequence[Area], done: Sequence[Span]) -> list[Area]:
+    """The rows of areas that are in spans."""
+    cut = [(max(area.rows[0], rows[0]), min(area.rows[1], rows[1]), area) for area in areas for rows in done]
+    return [Area((first, last), area.columns) for first, last, area in cut if first < last]
 
 
 class Build:
@@ -96,7 +123,7 @@ class Build:
         source: Source,
         target: Inventory,
         work: Work,
-        kept: Sequence[Kept],
+        kept: Sequence[Holding],
         connections: int,
     ):
         self.comm, self.blocks, self.source, self.target = comm, blocks, source, target

@@ -19,32 +19,33 @@ from m3dist.fetch.build import Build, Source
 from m3dist.fetch.display import FetchDisplay, Tally
 from m3dist.fetch.origin import opened, texts
 from m3dist.fetch.places import Format
-from m3dist.fetch.program import check_room, say
+from m3dist.fetch.program import check_room, say, target_of
 from m3dist.fetch.schedule import State, schedule
-from m3dist.fetch.store import sync_all
 from m3dist.fetch.target import lay_out
-from m3dist.fetch.work import Work, identity_of, tidy
+from m3dist.fetch.work import SPOOL, Work, disk_errors, identity_of, tidy
 from m3dist.options import ConvertOptions
-from m3dist.quantization import recipe_of, requantised
 from m3dist.rank import STEP_LIMIT, run_rank
-from m3dist.tensors import modules
 from m3dist.watchdog import Watchdog
 
 
 def _directory(out: Path) -> Path:
     """Where a conversion to `out` is written. Raises StoreError where something else is there."""
-    if not out.exists():
-        return out.with_name(f"{out.name}.partial")
-    if Work.identity(out) is None:
-        raise StoreError(f"{out} is there already; remove it, or name another directory")
-    return out  # whole, but the process was killed before it had tidied up
+    partial = out.with_name(f"{out.name}.partial")
+    with disk_errors(out):
+        # Where `out` has a journal it is whole, but the process was killed before it had tidied up.
+        directory = out if os.path.lexists(out) else partial
+        foreign = os.path.lexists(directory) and Work.identity(directory) is None
+        if foreign and not (directory == partial and os.listdir(directory) in ([], [SPOOL])):
+            raise StoreError(f"{directory} is there already; remove it, or name another directory")
+    return directory
 
 
 @contextmanager
 def _locked(directory: Path) -> Iterator[None]:
     """Keep another conversion away from a directory, also when it is renamed. Raises StoreError where there is one."""
-    directory.mkdir(parents=True, exist_ok=True)
-    lock = os.open(directory, os.O_RDONLY)
+    with disk_errors(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = os.open(directory, os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -73,10 +74,8 @@ def convert(options: ConvertOptions, watchdog: Watchdog) -> int:
     comm = Comm()
     with opened(options.model, comm) as origin:
         translation = origin.checkpoint.translate()
-        inventory = translation.inventory
-        if recipe := recipe_of(options.mode, options.bits, options.group_size, options.overrides):
-            inventory = requantised(inventory, recipe)
-        form = Format(modules(inventory.config), inventory.specs())
+        inventory = target_of(options, translation.inventory)
+        form = Format(inventory.config, inventory.specs())
         files = lay_out(mlx_layout.output_tensors(inventory), mlx_layout.LARGEST_FILE, mlx_layout.file_names)
         formats = {module: str(form) for module, form in inventory.quantization.items() if form}
         source = Source(origin.files, origin.checkpoint.stored, translation)
@@ -86,6 +85,11 @@ def convert(options: ConvertOptions, watchdog: Watchdog) -> int:
             identity = identity_of(model=origin.model, revision=origin.revision, formats=formats)
             work = Work(directory, files, form, identity)
             check_room(comm, work)
+            described = {
+                CONFIG: mlx_layout.config(origin.checkpoint.raw_config, inventory),
+                INDEX: mlx_layout.index(files),
+            }
+            beside = texts(origin, comm) | {name: json.dumps(x, indent=4).encode() for name, x in described.items()}
             state = State(form.areas(files), work.done, {}, origin.local())
             extents = {module: source.extent(module, form.columns(module)) for module in form.leaves}
             blocks = schedule(extents, [state], options.range_size)
@@ -97,19 +101,13 @@ def convert(options: ConvertOptions, watchdog: Watchdog) -> int:
                     display(tallies)
 
                 build.run(report)
-            described = {
-                CONFIG: mlx_layout.config(origin.checkpoint.raw_config, inventory),
-                INDEX: mlx_layout.index(files),
-            }
-            beside = texts(origin, comm) | {name: json.dumps(x, indent=4).encode() for name, x in described.items()}
-            for name, data in beside.items():
-                (directory / name).write_bytes(data)
+            work.put(beside)
             watchdog.progress("the end of the conversion", 10 * STEP_LIMIT)
             work.sync()
             work.close()
-            sync_all(directory)
             origin.forget()
-            os.rename(directory, out)  # with the journal: if it is killed now, the next one knows it
-            tidy(out)
+            with disk_errors(out):
+                os.rename(directory, out)  # with the journal: if it is killed now, the next one knows it
+                tidy(out)
     say(f"{out}: {decimal(sum(file.nbytes for file in files))}")
     return 0

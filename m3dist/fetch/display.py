@@ -63,10 +63,11 @@ class FetchDisplay:
         self.said = now
         rate = done / max(now - self.began, 1e-9)
         left = f", {(total - done) / rate:.0f} s left" if rate else ""
-        each = ", ".join(f"rank {r} {100 * t.done // max(t.total, 1)}%" for r, t in enumerate(tallies) if t.total)
-        print(
-            f"{self.title}: {decimal(done)} of {decimal(total)}, {decimal(int(rate))}/s{left}"
-            f"{f' ({each})' if len(tallies) > 1 and each else ''}",
-            file=self.stream,
-            flush=True,
-        )
+        each = [f"rank {r} {decimal(t.done)} of {decimal(t.total)}" for r, t in enumerate(tallies) if t.total]
+        line = f"{self.title}: {decimal(done)} of {decimal(total)}, {decimal(int(rate))}/s{left}"
+        if done == total:  # what is left comes from the other ranks, or from this disk
+            placed, wanted = (sum(getattr(tally, name) for tally in tallies) for name in ("placed", "wanted"))
+            line += f", {placed} of {wanted} blocks in place"
+        elif len(tallies) > 1 and each:
+            line += f" ({', '.join(each)})"
+        print(line, file=self.stream, flush=True)

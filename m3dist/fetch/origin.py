@@ -14,10 +14,11 @@ from m3dist.checkpoint import INDEX, Checkpoint, Files, Folder, hub_id, local, o
 from m3dist.comm import Comm, all_ranks
 from m3dist.errors import CheckpointError
 from m3dist.fetch.hub import Hub, Repository, describe
-from m3dist.fetch.manifest import MANIFEST
+from m3dist.fetch.manifest import MANIFEST, is_plain
 from m3dist.fetch.store import root, slug
 
 TEXT_FILES = ("*.json", "*.jinja", "tokenizer*", "*.txt", "LICENSE*")  # beside the weights
+SAMPLE = 1 << 16  # bytes
 LARGEST_TEXT = 64 << 20  # bytes of one of them
 
 
@@ -32,11 +33,6 @@ class Origin:
     revision: str
     files: Files
     checkpoint: Checkpoint
-
-    @property
-    def received(self) -> int:
-        """Bytes that this rank has got over the network."""
-        return self.files.received if isinstance(self.files, Hub) else 0
 
     def local(self) -> frozenset[str]:
         """Files that this rank reads from its own disk."""
@@ -81,14 +77,24 @@ def opened(model: str, comm: Comm) -> Iterator[Origin]:
 def _of_directory(directory: Path, folder: Folder, comm: Comm) -> Origin:
     with all_ranks(comm):
         checkpoint = open_files(folder)
-        sizes = sorted(folder.sizes().items())
-        changed = [(directory / name).stat().st_mtime_ns for name, _ in sizes]
-    said = comm.object_from_rank_0([sizes, hashlib.sha256(json.dumps([sizes, changed]).encode()).hexdigest()])
+        known = {name: _sample(folder, name, size) for name, size in sorted(folder.sizes().items())}
+        changed = [(directory / name).stat().st_mtime_ns for name in known]
+    own = [known, hashlib.sha256(json.dumps([known, changed]).encode()).hexdigest()]
+    theirs, digest = comm.object_from_rank_0(own)
     with all_ranks(comm):
-        differing = {name for name, _ in {tuple(x) for x in said[0]} ^ set(sizes)}
-        if differing:
+        if differing := [name for name in known.keys() | theirs.keys() if known.get(name) != theirs.get(name)]:
             raise CheckpointError(f"{directory}: {min(differing)} is not the same file here as on rank 0")
-    return Origin(os.path.abspath(directory), f"files-{said[1]}", folder, checkpoint)
+    return Origin(os.path.abspath(directory), f"files-{digest}", folder, checkpoint)
+
+
+def _sample(folder: Folder, name: str, size: int) -> str:
+    """sha256 of a file's size, of its first bytes and of its last: two conversions of one model differ in these."""
+    digest = hashlib.sha256(str(size).encode())
+    for offset in (0, max(0, size - SAMPLE)):
+        piece = bytearray(min(SAMPLE, size))
+        folder.read(name, offset, memoryview(piece))
+        digest.update(piece)
+    return digest.hexdigest()
 
 
 def _opened_before(repo: str, commit: str, hub: Hub) -> str:
@@ -123,4 +129,6 @@ def texts(origin: Origin, comm: Comm) -> dict[str, bytes]:
 
 
 def _is_text(name: str) -> bool:
-    return name.lower() not in (INDEX, MANIFEST) and any(fnmatchcase(name, pattern) for pattern in TEXT_FILES)
+    if not is_plain(name) or name.lower() in (INDEX, MANIFEST) or name.endswith(".safetensors"):
+        return False
+    return any(fnmatchcase(name, pattern) for pattern in TEXT_FILES)

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
+from m3dist.config import ModelConfig
 from m3dist.errors import CheckpointError
 from m3dist.fetch.schedule import Area
 from m3dist.fetch.target import OutputFile, Place
 from m3dist.layout import Span
-from m3dist.tensors import BYTES, Module, TensorSpec, split_name
+from m3dist.tensors import BYTES, TensorSpec, modules, split_name
 
 Rows = dict[str, np.ndarray]  # tensor of ours -> uint8 [rows, bytes of the columns]: a block, all its leaves
 
@@ -19,8 +20,8 @@ Rows = dict[str, np.ndarray]  # tensor of ours -> uint8 [rows, bytes of the colu
 class Format:
     """The modules of a target and their leaves: which bytes of a row some columns are."""
 
-    def __init__(self, modules: Mapping[str, Module], specs: Mapping[str, TensorSpec]):
-        self.modules = modules
+    def __init__(self, config: ModelConfig, specs: Mapping[str, TensorSpec]):
+        self.modules = modules(config)
         self.leaves: dict[str, list[str]] = {}
         for tensor in specs:
             self.leaves.setdefault(split_name(tensor)[0], []).append(tensor)

@@ -437,7 +437,7 @@ def seal(
     except OSError as error:
         raise StoreError(f"{work}: {error.strerror}") from None
     kept = []
-    for name, digest in _hash(work, names, sum(sizes.values()), progress, then=_sync).items():
+    for name, digest in _hash(work, names, sum(sizes.values()), progress, then=sync).items():
         if isinstance(digest, OSError):
             raise StoreError(f"{work / name}: {digest.strerror}")
         kept.append(Kept(name, sizes[name], digest))
@@ -469,7 +469,7 @@ def _write(manifest: Manifest) -> None:
         with open(made, "w", encoding="utf-8") as file:
             json.dump(manifest.to_json(), file, indent=1)
             file.flush()
-            _sync(file.fileno())
+            sync(file.fileno())
         os.rename(made, manifest.file)
         _sync_directory(manifest.file.parent)
     except OSError as error:
@@ -519,17 +519,17 @@ def _discard(directory: Path) -> None:
 
 
 def sync_all(directory: Path) -> None:
-    """Bring a directory of plain files to the disk."""
-    for name in os.listdir(directory):
+    """Bring the files of a directory to the disk."""
+    for name in (entry.name for entry in os.scandir(directory) if entry.is_file(follow_symlinks=False)):
         descriptor = os.open(directory / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
-            _sync(descriptor)
+            sync(descriptor)
         finally:
             os.close(descriptor)
     _sync_directory(directory)
 
 
-def _sync(descriptor: int) -> None:
+def sync(descriptor: int) -> None:
     """Bring an open file, or a directory's list of files, to the disk: on macOS fsync leaves it in the disk's cache."""
     if hasattr(fcntl, "F_FULLFSYNC"):
         with suppress(OSError):  # not every file system has it
@@ -541,6 +541,6 @@ def _sync(descriptor: int) -> None:
 def _sync_directory(directory: Path) -> None:
     descriptor = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        _sync(descriptor)
+        sync(descriptor)
     finally:
         os.close(descriptor)

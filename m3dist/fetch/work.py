@@ -3,9 +3,11 @@ at any moment, it goes on from there. No MLX.
 
     DIRECTORY/model-00001-of-00002.safetensors ...   every row at its final place
     DIRECTORY/.journal                               a line for each block that is in place
+    DIRECTORY/.plan.json                             what it is part of, as a manifest says it
     DIRECTORY/.spool/MODULE@FIRST-LAST               a block, whole, that other ranks wait for
 """
 
+import errno
 import json
 import os
 import re
@@ -13,19 +15,22 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
 
 from m3dist.errors import StoreError
+from m3dist.fetch import store
 from m3dist.fetch.places import Format, Placed, Rows
 from m3dist.fetch.schedule import Area
 from m3dist.fetch.target import OutputFile
 from m3dist.layout import Span
 
-JOURNAL, SPOOL = ".journal", ".spool"
+JOURNAL, SPOOL, PLAN = ".journal", ".spool", ".plan.json"
+ADVICE = "make room (m3dist store ls, m3dist store rm), or set M3DIST_STORE to a larger disk there, and start again"
 SYNC_INTERVAL = 30.0  # seconds: as much is fetched again after a power cut; after a kill nothing is
 
 
@@ -33,7 +38,7 @@ class Work:
     """The work directory at `directory`, made or gone on with: `files` of the target.
 
     `identity`, one line, says what is being written; there must be nothing of another identity. `intact` are files
-    that are there already, elsewhere on the same disk.
+    that are there already, elsewhere. `plan` is kept beside, for whoever can use what is in place.
     """
 
     def __init__(
@@ -43,42 +48,47 @@ class Work:
         form: Format,
         identity: str,
         intact: Mapping[str, Path] = MappingProxyType({}),
+        plan: str = "",
     ):
         self.directory, self.form = directory, form
         self.open_files = [file for file in files if file.name not in intact]
         self.done: dict[str, list[Span]] = {}
         self.spools: dict[str, list[Span]] = {}
         self.synced = time.monotonic()
-        try:
+        with disk_errors(directory):
+            lines = _read_journal(directory)
+            if lines and lines[0] != identity:
+                raise StoreError(f"{directory} holds something else, unfinished; remove it, or name another directory")
+            if lines is None or not _same_boot(lines):
+                shutil.rmtree(directory / SPOOL, ignore_errors=True)  # lengths may be there without their bytes
             (directory / SPOOL).mkdir(parents=True, exist_ok=True)
-            lines = _lines(directory, identity)
+            for file in self.open_files:
+                self._prepare(file, anew=lines is None)
+            for name, path in intact.items():
+                _link(path, directory / name)
             if lines is None:  # a new one, or one that was killed while it was being made
-                for file in self.open_files:
-                    self._prepare(file)
-                for name, path in intact.items():
-                    (directory / name).unlink(missing_ok=True)
-                    os.link(path, directory / name)
+                (directory / PLAN).write_text(plan)
                 made = directory / f"{JOURNAL}.new"
                 made.write_text(f"{identity}\n")
                 os.rename(made, directory / JOURNAL)
-            self.journal = os.open(directory / JOURNAL, os.O_WRONLY | os.O_APPEND)
+            else:
+                self.done = _noted(lines)
+            self.journal = os.open(directory / JOURNAL, os.O_RDWR | os.O_APPEND)
+            self._drop_half_a_line()
             self._note(f"boot {boot()}")
-        except OSError as error:
-            raise StoreError(f"{directory}: {error.strerror or error}") from None
-        for line in lines or ():
-            module, first, last = line.split()
-            self.done.setdefault(module, []).append((int(first), int(last)))
-        self._find_spools()
+            self._find_spools()
         self.placed = Placed(directory, self.open_files, form, os.O_RDWR)
 
     @staticmethod
     def identity(directory: Path) -> str | None:
         """What is being written in a work directory; None where there is none."""
-        try:
-            with open(directory / JOURNAL) as journal:
-                return journal.readline().rstrip("\n")
-        except FileNotFoundError:
-            return None
+        lines = _read_journal(directory)
+        return lines[0] if lines else None
+
+    @staticmethod
+    def noted(directory: Path) -> dict[str, list[Span]]:
+        """Module -> the rows in place in a work directory."""
+        return _noted(_read_journal(directory) or [""])
 
     def place(self, leaves: Rows, rows: Span, columns: Span) -> None:
         """Write an area's rows; they count as there once `note` says so."""
@@ -92,12 +102,10 @@ class Work:
 
     def sync(self) -> None:
         """What is noted survives a power cut from here on."""
-        for file in self.open_files:  # also those that only a process before this one wrote to
-            descriptor = os.open(self.directory / file.name, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
-        self._note("synced")
-        os.fsync(self.journal)
+        with disk_errors(self.directory):
+            store.sync_all(self.directory)  # also what only a process before this one wrote
+            self._note("synced")
+            store.sync(self.journal)
         self.synced = time.monotonic()
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -107,8 +115,9 @@ class Work:
         """Keep a block until the others have it."""
         path = self._spooled(module, rows)
         made = path.with_name(f".{path.name}")
-        self.form.join(module, leaves).tofile(made)
-        os.rename(made, path)
+        with disk_errors(self.directory):
+            self.form.join(module, leaves).tofile(made)
+            os.rename(made, path)
         self.spools.setdefault(module, []).append(rows)
 
     def _find_spools(self) -> None:
@@ -160,6 +169,12 @@ class Work:
         held = sum((self.directory / file.name).stat().st_blocks * 512 for file in self.open_files)
         return max(0, sum(file.nbytes for file in self.open_files) - held)
 
+    def put(self, files: Mapping[str, bytes]) -> None:
+        """Whole small files, beside those of the target."""
+        with disk_errors(self.directory):
+            for name, data in files.items():
+                (self.directory / name).write_bytes(data)
+
     def close(self) -> None:
         self.placed.close()
         if self.journal >= 0:
@@ -171,33 +186,67 @@ class Work:
         self.close()
         shutil.rmtree(self.directory)
 
-    def _prepare(self, file: OutputFile) -> None:
-        (self.directory / file.name).unlink(missing_ok=True)  # it may be the same as an entry's
-        with open(self.directory / file.name, "wb") as made:
+    def _prepare(self, file: OutputFile, anew: bool) -> None:
+        """Its header and its length, which may not have come to the disk when the machine went down."""
+        path = self.directory / file.name
+        if anew:
+            path.unlink(missing_ok=True)  # it may be the same as an entry's
+        with open(path, "r+b" if path.exists() else "wb") as made:
             made.write(file.header)
             made.truncate(file.nbytes)
 
+    def _drop_half_a_line(self) -> None:
+        """The last line may have been cut off."""
+        written = (self.directory / JOURNAL).read_bytes()
+        os.ftruncate(self.journal, written.rfind(b"\n") + 1)
+
     def _note(self, line: str) -> None:
-        os.write(self.journal, line.encode() + b"\n")
+        with disk_errors(self.directory):
+            os.write(self.journal, line.encode() + b"\n")
 
 
 def tidy(directory: Path) -> None:
     """Leave nothing but the files, once nothing is to be written any more."""
     shutil.rmtree(directory / SPOOL, ignore_errors=True)
-    (directory / JOURNAL).unlink(missing_ok=True)
+    for name in (PLAN, JOURNAL):
+        (directory / name).unlink(missing_ok=True)
 
 
-def _lines(directory: Path, identity: str) -> list[str] | None:
-    """The lines of blocks that can be relied on; None where there is no journal."""
+@contextmanager
+def disk_errors(directory: Path) -> Iterator[None]:
+    """What the disk refuses, as a StoreError that says what to do."""
     try:
-        text = (directory / JOURNAL).read_text()
-    except FileNotFoundError:
+        yield
+    except OSError as error:
+        full = f"; {ADVICE}" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        raise StoreError(f"{error.filename or directory}: {error.strerror or error}{full}") from None
+
+
+def _link(path: Path, to: Path) -> None:
+    """The same file, or where the disk's format has no links, such as exFAT, a copy."""
+    to.unlink(missing_ok=True)
+    try:
+        os.link(path, to)
+    except OSError:
+        shutil.copyfile(path, to)
+
+
+def _read_journal(directory: Path) -> list[str] | None:
+    """Its whole lines, of which the first is the identity; None where there is none, or it never came to the disk."""
+    try:
+        text = (directory / JOURNAL).read_text(errors="replace")
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    lines = text[: text.rfind("\n") + 1].splitlines()  # the last line may be cut off
-    if not lines:  # they had not come to the disk when the machine went down
-        return None
-    if lines[0] != identity:
-        raise StoreError(f"{directory} holds something else, unfinished; remove it, or name another directory")
+    return text[: text.rfind("\n") + 1].splitlines() or None  # the last line may be cut off
+
+
+def _same_boot(lines: Sequence[str]) -> bool:
+    """Whether the machine has run ever since."""
+    return [line for line in lines[1:] if line.startswith("boot ")][-1:] in ([], [f"boot {boot()}"])
+
+
+def _noted(lines: Sequence[str]) -> dict[str, list[Span]]:
+    """Module -> rows that can be relied on: noted since the machine started, or on the disk before it went down."""
     running = ""
     sure: list[str] = []
     fresh: list[str] = []
@@ -205,18 +254,22 @@ def _lines(directory: Path, identity: str) -> list[str] | None:
         if line == "synced":
             sure, fresh = sure + fresh, []
         elif line.startswith("boot "):
-            if line != running:  # what was not on the disk before the machine went down may be lost
+            if line != running:
                 running, fresh = line, []
         elif re.fullmatch(r"\S+ \d+ \d+", line):
             fresh.append(line)
-    return sure + fresh
+    found: dict[str, list[Span]] = {}
+    for line in sure + fresh:
+        module, first, last = line.split()
+        found.setdefault(module, []).append((int(first), int(last)))
+    return found
 
 
 def boot() -> str:
     """A word that is another one after each start of the machine."""
     if sys.platform == "darwin":
         asked = subprocess.run(["sysctl", "-n", "kern.bootsessionuuid"], capture_output=True, text=True)
-        return asked.stdout.strip() or "unknown"
+        return asked.stdout.strip() or os.urandom(8).hex()  # then nothing unsynced is relied on
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 

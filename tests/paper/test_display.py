@@ -41,13 +41,16 @@ def lines(tallies_at: list[tuple[float, list[Tally]]]) -> list[str]:
 def test_a_line_has_bytes_rate_and_time_left():
     """Of all ranks; and each one's share of its own."""
     assert lines([(10, [gb(3, 4), gb(1, 4)])]) == [
-        "fetching owner/name: 4.0 GB of 8.0 GB, 400.0 MB/s, 10 s left (rank 0 75%, rank 1 25%)"
+        "fetching owner/name: 4.0 GB of 8.0 GB, 400.0 MB/s, 10 s left"
+        " (rank 0 3.0 GB of 4.0 GB, rank 1 1.0 GB of 4.0 GB)"
     ]
     assert lines([(10, [gb(3, 4)])]) == ["fetching owner/name: 3.0 GB of 4.0 GB, 300.0 MB/s, 3 s left"]
 
 
 def test_a_rank_that_fetches_nothing_is_not_listed():
-    assert lines([(10, [gb(1, 4), gb(0, 0), gb(4, 4)])])[0].endswith("(rank 0 25%, rank 2 100%)")
+    assert lines([(10, [gb(1, 4), gb(0, 0), gb(4, 4)])])[0].endswith(
+        "(rank 0 1.0 GB of 4.0 GB, rank 2 4.0 GB of 4.0 GB)"
+    )
 
 
 def test_lines_come_now_and_then_and_at_the_end():
@@ -59,13 +62,15 @@ def test_lines_come_now_and_then_and_at_the_end():
 
 def test_nothing_to_fetch():
     """All of it was on the disks already."""
-    assert lines([(0.0, [Tally(0, 0, 3, 3)])]) == ["fetching owner/name: 0 bytes of 0 bytes, 0 bytes/s"]
+    assert lines([(0.0, [Tally(0, 0, 3, 3)])]) == [
+        "fetching owner/name: 0 bytes of 0 bytes, 0 bytes/s, 3 of 3 blocks in place"
+    ]
 
 
 def test_nothing_has_come_yet():
     """Nobody knows how long it will take."""
     assert lines([(10, [gb(0, 1), gb(0, 1)])]) == [
-        "fetching owner/name: 0 bytes of 2.0 GB, 0 bytes/s (rank 0 0%, rank 1 0%)"
+        "fetching owner/name: 0 bytes of 2.0 GB, 0 bytes/s (rank 0 0 bytes of 1.0 GB, rank 1 0 bytes of 1.0 GB)"
     ]
 
 
