@@ -775,7 +775,7 @@ _MACHINE = (
         "hub-busy",
         r"^(?:m3dist: .*: )?429 Too Many Requests",
         what="Hugging Face takes no more requests from this address for now.",
-        remedy="Wait some minutes, or `hf download` the model on one host and copy it to the others.",
+        remedy="Wait some minutes and start again: what was fetched is kept.",
         source="huggingface_hub _http.py",
     ),
     _row(

@@ -33,6 +33,7 @@ from m3dist.translation import Assembly, Translation
 
 TICK = 0.2  # seconds between words of the ranks to each other, while they wait for the source
 SPOOLED = 32  # rounds of the exchange for which a rank fetches ahead of the others
+CACHE = 256 << 20  # bytes of memory that MLX may hold back: blocks have many sizes
 ROUNDS = 8  # of the exchange between two words of the ranks
 
 Spooled = tuple[str, Span]  # module and rows
@@ -152,7 +153,7 @@ class Build:
         """Do it all. `report` gets every rank's tally a few times a second. Raises this rank's own error, or
         CommunicationError with the first failing rank's."""
         error: Exception | None = None
-        pool = ThreadPoolExecutor(self.connections)
+        pool, before = ThreadPoolExecutor(self.connections), mx.set_cache_limit(CACHE)
         try:
             while True:
                 count = self._meet(error, report)
@@ -166,6 +167,7 @@ class Build:
                 except Exception as caught:  # whatever it is, the others must not wait for this rank
                     error = error or caught
         finally:
+            mx.set_cache_limit(before)
             pool.shutdown(wait=False, cancel_futures=True)  # a thread may be waiting for the hub for long
 
     def _work(self, pool: ThreadPoolExecutor) -> None:
