@@ -23,7 +23,7 @@ from m3dist.numbers import HOLDERS, fill
 from m3dist.plan import Plan, make_plan
 from m3dist.quantization import Recipe, requantised
 from m3dist.reads import plan_reads
-from m3dist.tensors import BYTES, Inventory, Quantization, TensorSpec, modules, split_name
+from m3dist.tensors import BYTES, Inventory, Quantization, TensorSpec, split_name
 from m3dist.translation import Translation
 
 WIDE = dict.fromkeys(("intermediate_size", "shared_intermediate_size", "dense_intermediate_size"), 256)
@@ -89,7 +89,7 @@ def whole(opened) -> dict[str, np.ndarray]:
 
 
 def form_of(plan: Plan) -> Format:
-    return Format(modules(plan.inventory.config), plan.specs)
+    return Format(plan.inventory.config, plan.specs)
 
 
 def prepared(directory: Path, files: tuple[OutputFile, ...], plan: Plan) -> Placed:
