@@ -6,8 +6,9 @@ import os
 import pickle
 import re
 import sys
+import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,13 @@ import numpy as np
 from m3dist.comm import Comm, connect
 from m3dist.engine import Request, generate_tokens
 from m3dist.errors import M3Error
+from m3dist.fetch import target
+from m3dist.fetch.program import fetch
 from m3dist.loader import load
 from m3dist.model import Model, ModelArgs, cpu
+from m3dist.options import FetchOptions
 from m3dist.sample import Sampling
+from m3dist.watchdog import Watchdog
 
 
 def logits(comm: Comm, cases: list[dict[str, Any]]) -> list[dict[str, np.ndarray]]:
@@ -189,6 +194,33 @@ def objects(comm: Comm) -> list[Any]:
     """What the small exchanges give."""
     mine = {"rank": comm.rank, "text": "é" * comm.rank}
     return [comm.gather_objects(mine), comm.object_from_rank_0(mine)]
+
+
+def fetched(comm: Comm, folder: str, largest: int, jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For each job, FetchOptions' fields: this rank's entry, the files in it, and what the hub sent and rank 0 said.
+    Every rank has a store of its own in `folder`, whose files have `largest` bytes at most."""
+    os.environ["M3DIST_STORE"] = f"{folder}/store{comm.rank}"
+    target.LARGEST_FILE = largest
+    watchdog, found = Watchdog(f"rank {comm.rank}"), []
+    for job in jobs:
+        with redirect_stderr(io.StringIO()) as said:
+            entry = fetch(FetchOptions(**job), comm, watchdog)
+        watchdog.stop()
+        comm.barrier()
+        files = {kept.name: (kept.nbytes, kept.sha256) for kept in entry.manifest.files}
+        directory, revision = str(entry.directory), entry.manifest.revision
+        stats = hub("/_stats") if comm.rank == 0 else None
+        found.append(dict(directory=directory, revision=revision, files=files, stats=stats, said=said.getvalue()))
+        if comm.rank == 0:
+            hub("/_reset", b"")
+        comm.barrier()
+    return found
+
+
+def hub(path: str, data: bytes | None = None) -> Any:
+    """What tests/hub_server.py says of itself, or is told."""
+    with urllib.request.urlopen(os.environ["HF_ENDPOINT"] + path, data) as answer:
+        return json.load(answer)
 
 
 if __name__ == "__main__":
