@@ -141,11 +141,11 @@ class Build:
         self.copies = deque(n for n, b in enumerate(blocks) if not b.fetched and not b.shared and b.owner == rank)
         self.total, self.got = sum(blocks[n].source_bytes for n in mine), 0
         self.pending: dict[Future[Rows], int] = {}
-        # What lies in the spool, by module and rows, and how many blocks are still to be given of it.
-        passed = [blocks[block] for _, block in given if not blocks[block].fetched]
-        kept = [spooled for block in passed if (spooled := work.spool_of(block.module, block.rows))]
+        # What lies in the spool, by module and rows, and how many blocks are still to be given or copied out of it.
+        used = [blocks[n] for n in (*self.copies, *(n for _, n in given)) if not blocks[n].fetched]
+        kept = [spooled for block in used if (spooled := work.spool_of(block.module, block.rows))]
         self.spooled = Counter(kept)
-        self.given: list[Spooled] = []
+        self.emptied: list[Spooled] = []
         for spooled in set(work.spooled_rows()) - set(kept):  # an interrupted run left what nobody needs any more
             work.drop(*spooled)
 
@@ -220,12 +220,20 @@ class Build:
         block = self.blocks[number]
         _, columns = block.givers[0]
         self._place(number, self._kept(block.module, block.rows, columns), columns)
+        self._used(block.module, block.rows)
 
     def _kept(self, module: str, rows: Span, columns: Span) -> Rows:
         if leaves := self.work.unspool(module, rows):
             return _columns(self.form, leaves, columns)
         kept = next(kept for kept in self.kept if kept.has(module, rows, columns))
         return kept.placed.read(module, rows, columns)
+
+    def _used(self, module: str, rows: Span) -> None:
+        """A block has been given or copied; if it was the last one of what lies in the spool, that can go."""
+        if spooled := self.work.spool_of(module, rows):
+            self.spooled[spooled] -= 1
+            if not self.spooled[spooled]:
+                self.emptied.append(spooled)
 
     def _place(self, number: int, leaves: Rows, columns: Span) -> None:
         block = self.blocks[number]
@@ -248,9 +256,9 @@ class Build:
         for rank, word in enumerate(said):
             if word["failed"]:
                 raise CommunicationError(f"rank {rank} failed: {word['failed']}")
-        for spooled in self.given:  # every rank has noted them, or it could not have come here
+        for spooled in self.emptied:  # every rank has noted them, or it could not have come here
             self.work.drop(*spooled)
-        self.given.clear()
+        self.emptied.clear()
         report([Tally(*word["tally"]) for word in said])
         over = all(word["tally"][2] == word["tally"][3] for word in said)
         return None if over and self.exchanged == len(self.rounds) else min(word["ready"] for word in said)
@@ -283,10 +291,8 @@ class Build:
             for item, area, size, row in zip(items, areas, sizes, gathered):
                 if item and item.block in self.parts and not error:
                     self._place(item.block, self.form.split(*area, row[:size]), item.columns)
-            if own and (spooled := self.work.spool_of(own[0], own[1])):
-                self.spooled[spooled] -= 1
-                if not self.spooled[spooled]:
-                    self.given.append(spooled)
+            if own:
+                self._used(own[0], own[1])
         except Exception as caught:
             error = error or caught
         return error
