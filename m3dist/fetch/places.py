@@ -14,6 +14,7 @@ from m3dist.fetch.target import OutputFile, Place
 from m3dist.layout import Span
 from m3dist.tensors import BYTES, TensorSpec, modules, split_name
 
+OPENED = 32  # files of one directory at a time: macOS allows a process 256, of a source, a target and what is kept
 Rows = dict[str, np.ndarray]  # tensor of ours -> uint8 [rows, bytes of the columns]: a block, all its leaves
 
 
@@ -150,6 +151,8 @@ class Placed:
     def _call(self, file: str, tensor: str, call, buffers: list, offset: int) -> int:  # type: ignore[no-untyped-def]
         try:
             if file not in self.descriptors:
+                if len(self.descriptors) == OPENED:
+                    self.close()
                 self.descriptors[file] = os.open(self.directory / file, self.flags)
             return int(call(self.descriptors[file], buffers, offset))
         except OSError as error:

@@ -15,6 +15,7 @@ import safetensors
 from m3dist.checkpoint import Checkpoint, Folder, open_checkpoint, read_header
 from m3dist.config import ModelConfig
 from m3dist.errors import CheckpointError
+from m3dist.fetch import places
 from m3dist.fetch.places import Format, Placed, Rows
 from m3dist.fetch.schedule import Area
 from m3dist.fetch.target import OutputFile, OutputTensor, Part, lay_out, numbered, slice_of
@@ -62,6 +63,7 @@ CUTS = [
 @pytest.fixture(autouse=True)
 def small_files(monkeypatch):
     monkeypatch.setattr("m3dist.fetch.target.LARGEST_FILE", ALL_SMALL)
+    monkeypatch.setattr(places, "OPENED", 2)
 
 
 @pytest.fixture(scope="module", params=WRITERS)
@@ -222,6 +224,21 @@ def test_bytes_of_an_area(opened, whole):
             assert all((again[tensor] == leaves[tensor]).all() for tensor in leaves)
 
 
+def test_few_files_are_open_at_a_time(opened, whole, tmp_path):
+    """macOS allows a process 256, and a change of plan reads several entries of hundreds each."""
+    plan = make_plan(opened[1].inventory, 1)
+    files = slice_of(plan, 0)
+    assert len(files) > places.OPENED
+    placed = prepared(tmp_path / "0", files, plan)
+    before = len(os.listdir("/dev/fd"))
+    for module, areas in placed.form.areas(files).items():
+        for area in areas:
+            placed.read(module, area.rows, area.columns)
+            assert len(os.listdir("/dev/fd")) - before <= places.OPENED
+    placed.close()
+    assert len(os.listdir("/dev/fd")) == before
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Layout
 
@@ -253,8 +270,8 @@ def test_header():
         "a.weight": {"dtype": "U8", "shape": [3, 10], "data_offsets": [0, 30]},
         "b": {"dtype": "F32", "shape": [2, 10], "data_offsets": [30, 110]},
     }
-    places = list(file.places())
-    assert [(p.offset - len(file.header), p.row_bytes) for p in places] == [(0, 10), (30, 40)]
+    found = [(place.offset - len(file.header), place.row_bytes) for place in file.places()]
+    assert found == [(0, 10), (30, 40)]
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
