@@ -34,8 +34,9 @@ def _directory(out: Path) -> Path:
     with disk_errors(out):
         # Where `out` has a journal it is whole, but the process was killed before it had tidied up.
         directory = out if os.path.lexists(out) else partial
-        foreign = os.path.lexists(directory) and Work.identity(directory) is None
-        if foreign and not (directory == partial and os.listdir(directory) in ([], [SPOOL])):
+        names = os.listdir(directory) if os.path.lexists(directory) else []
+        begun = directory == partial and (not names or SPOOL in names)  # the first thing that is made
+        if not begun and Work.identity(directory) is None:
             raise StoreError(f"{directory} is there already; remove it, or name another directory")
     return directory
 

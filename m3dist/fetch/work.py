@@ -59,9 +59,10 @@ class Work:
             lines = _read_journal(directory)
             if lines and lines[0] != identity:
                 raise StoreError(f"{directory} holds something else, unfinished; remove it, or name another directory")
-            if lines is None or not _same_boot(lines):
-                shutil.rmtree(directory / SPOOL, ignore_errors=True)  # lengths may be there without their bytes
             (directory / SPOOL).mkdir(parents=True, exist_ok=True)
+            if lines is None or not _same_boot(lines):
+                for path in (directory / SPOOL).iterdir():
+                    path.unlink()  # it may have its length, and not its bytes
             for file in self.open_files:
                 self._prepare(file, anew=lines is None)
             for name, path in intact.items():
