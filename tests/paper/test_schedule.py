@@ -107,8 +107,9 @@ def test_givers_have_what_they_give(job):
         assert taken <= set(given) and len(set(given)) == len(given)
         if block.fetched:
             assert block.givers == ((block.owner, ALL),)
-        for rank, span in block.givers if not block.fetched else ():
-            assert cells(block.rows, span) <= kept(states[rank])
+        else:
+            assert all(cells(block.rows, span) <= kept(states[rank]) for rank, span in block.givers)
+            assert not block.shared or set(given) == taken
         for rank, span in block.takers:
             if cells(block.rows, span) <= all_cells([area for area in states[rank].kept["m"] if covers(area, span)]):
                 assert block.givers[0][0] == rank and not block.shared
