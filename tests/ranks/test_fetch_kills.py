@@ -31,7 +31,7 @@ from m3dist.watchdog import EXIT_STALLED
 MODEL, OUT = "owner/name", "out"
 WORLD, CONNECTIONS, RANGE = 2, 4, 128 << 10
 RATE = 3e6  # bytes a second of each connection
-KILLS, IN_A_ROW = 10, 5  # of a verb in a format; until it may end
+KILLS, IN_A_ROW = 10, 4  # of a verb in a format, at least; until it may end
 SEED = int(os.environ.get("M3DIST_SEED", time.time_ns() % 2**32))
 FETCH, CONVERT = ["fetch", MODEL, "-n", str(WORLD)], ["convert", MODEL, OUT]
 WAITING = "blocks, some of them waiting for other ranks"
@@ -140,28 +140,34 @@ def check(job: Job, whole: Job, ranges: int) -> None:
     assert 0 <= job.sent - whole.sent <= ranges * RANGE
 
 
+def killed_in_a_row(job: Job, seconds: float, chance: random.Random) -> list[str]:
+    """Runs that are killed within `seconds`, and one that is not; what the others were doing."""
+    phases = []
+    while len(phases) < IN_A_ROW and "publishing" not in phases:
+        after = chance.uniform(0, seconds)
+        job.killed(after, chance)
+        if job.done:
+            return phases
+        phases.append(job.phase())
+        seconds -= after
+    job.undisturbed()
+    return phases
+
+
 @pytest.mark.parametrize("flags", [[], ["--bits", "4"]], ids=["own format", "4 bits"])
 @pytest.mark.parametrize("words", [FETCH, CONVERT], ids=["fetch", "convert"])
 def test_killed_at_random_moments(words, flags, hub, tmp_path):
-    chance = random.Random(SEED)
+    chance, folders = random.Random(SEED), map(str, itertools.count())
     whole = Job(tmp_path / "whole", hub, words + flags)
     seconds, phases, again = whole.undisturbed(), Counter(), 0
-    for number in itertools.takewhile(lambda _: phases.total() < KILLS, itertools.count()):
-        job = Job(tmp_path / str(number), hub, words + flags)
-        left, kills = seconds, 0
-        while kills < IN_A_ROW and phases.total() < KILLS and not job.done:
-            after = chance.uniform(0, left)
-            job.killed(after, chance)
-            if not job.done:
-                phases[job.phase()] += 1
-                left, kills = left - after, kills + 1
-        if not job.done:
-            job.undisturbed()
-        check(job, whole, kills * WORLD * CONNECTIONS)
+    while phases.total() < KILLS or (words == FETCH and not phases[WAITING]):
+        job = Job(tmp_path / next(folders), hub, words + flags)
+        found = killed_in_a_row(job, seconds, chance)
+        check(job, whole, len(found) * WORLD * CONNECTIONS)
+        phases.update(found)
         again += job.sent - whole.sent
-    print(f"{' '.join(words + flags)}: {seconds:.1f} s undisturbed, {whole.sent} bytes; M3DIST_SEED={SEED}: {KILLS}")
-    print(f"kills in {dict(phases)}, {again} bytes again")
-    assert words == CONVERT or phases[WAITING]
+    print(f"{' '.join(words + flags)}: {seconds:.1f} s undisturbed, {whole.sent} bytes; M3DIST_SEED={SEED}: killed in")
+    print(f"{dict(phases)}, {again} bytes again")
 
 
 @pytest.mark.parametrize("words", [FETCH, CONVERT], ids=["fetch", "convert"])
