@@ -9,7 +9,7 @@ import math
 import re
 import reprlib
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -55,6 +55,27 @@ class Manifest:
     files: tuple[Kept, ...]  # all of the entry's, but for the manifest
     created: str  # UTC, as now() writes it: later ones are greater
     file: Path = field(default=Path(MANIFEST), compare=False)
+
+    @classmethod
+    def of(
+        cls, plan: Plan, rank: int, files: Iterable[Kept], *, model: str, revision: str, config: Mapping[str, Any]
+    ) -> "Manifest":
+        """Of what `rank` holds of a plan, made now."""
+        inventory = plan.inventory
+        return cls(
+            model=model,
+            revision=revision,
+            config=config,
+            dtype=inventory.dtype,
+            quantization={name: form for name, form in inventory.quantization.items() if form},
+            weights=plan.weights,
+            experts=plan.experts,
+            attention=plan.attention,
+            rank=rank,
+            plan=plan.digest,
+            files=tuple(files),
+            created=now(),
+        )
 
     @property
     def world(self) -> int:

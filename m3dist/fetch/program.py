@@ -20,7 +20,7 @@ from m3dist.errors import StoreError
 from m3dist.fetch import store
 from m3dist.fetch.build import SPOOLED, Build, Holding, Source
 from m3dist.fetch.display import FetchDisplay, Tally
-from m3dist.fetch.manifest import MANIFEST, Kept, Manifest, now, read_manifest
+from m3dist.fetch.manifest import MANIFEST, Kept, Manifest, read_manifest
 from m3dist.fetch.origin import Origin, opened, texts
 from m3dist.fetch.places import Format
 from m3dist.fetch.schedule import Area, Block, State, schedule
@@ -97,21 +97,14 @@ class Fetch:
     @property
     def manifest(self) -> Manifest:
         """Of the entry to be: its files have no checksums yet."""
-        inventory = self.plan.inventory
-        return Manifest(
-            model=self.origin.model,
-            revision=self.origin.revision,
-            config=self.origin.checkpoint.raw_config,
-            dtype=inventory.dtype,
-            quantization={name: form for name, form in inventory.quantization.items() if form},
-            weights=self.plan.weights,
-            experts=self.plan.experts,
-            attention=self.plan.attention,
-            rank=self.rank,
-            plan=self.plan.digest,
-            files=tuple(Kept(file.name, file.nbytes, UNKNOWN) for file in slice_of(self.plan, self.rank)),
-            created=now(),
-        )
+        files = [Kept(file.name, file.nbytes, UNKNOWN) for file in slice_of(self.plan, self.rank)]
+        return Manifest.of(self.plan, self.rank, files, **self._origin)
+
+    @property
+    def _origin(self) -> dict[str, Any]:
+        """What an entry is of, for its manifest."""
+        origin = self.origin
+        return {"model": origin.model, "revision": origin.revision, "config": origin.checkpoint.raw_config}
 
     def run(self, comm: Comm, watchdog: Watchdog) -> Entry:
         with ExitStack() as stack:
@@ -169,8 +162,10 @@ class Fetch:
         entries, and of what interrupted fetches of other plans had put in place."""
         found = []
         for entry in store.entries(self.origin.model):
-            if isinstance(entry, Entry) and (same := self._same(entry.manifest)):
-                files = have.intact if entry.directory == self.place else intact(entry, store.verify(entry, report))
+            if not isinstance(entry, Entry) or not (same := self._same(entry.manifest)):
+                continue
+            files = have.intact if entry.directory == self.place else intact(entry, store.verify(entry, report))
+            if files:
                 found.append(Holding.of(entry.directory, entry.manifest.make_plan(), entry.manifest.rank, same, files))
         for begun in store.unfinished(self.origin.model):
             manifest = planned(begun.directory)
@@ -240,15 +235,7 @@ class Fetch:
             work.remove()
             return
         work.put(beside)
-        store.seal(
-            work.directory,
-            model=self.origin.model,
-            revision=self.origin.revision,
-            config=self.origin.checkpoint.raw_config,
-            plan=self.plan,
-            rank=self.rank,
-            progress=report,
-        )
+        store.seal(work.directory, plan=self.plan, rank=self.rank, progress=report, **self._origin)
         work.close()
         tidy(work.directory)
         store.publish(work.directory, self.place)

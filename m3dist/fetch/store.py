@@ -21,14 +21,14 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
 from m3dist.checkpoint import read_header
 from m3dist.errors import CheckpointError, PlanError, StoreError
-from m3dist.fetch.manifest import MANIFEST, Kept, Manifest, is_plain, now, read_manifest
+from m3dist.fetch.manifest import MANIFEST, Kept, Manifest, is_plain, read_manifest
 from m3dist.plan import Plan, plan_world
 from m3dist.progress import Progress, Report
 from m3dist.tensors import Quantization, TensorSpec
@@ -441,22 +441,8 @@ def seal(
         if isinstance(digest, OSError):
             raise StoreError(f"{work / name}: {digest.strerror}")
         kept.append(Kept(name, sizes[name], digest))
-    inventory = plan.inventory
-    manifest = Manifest(
-        model=model,
-        revision=revision,
-        config=config,
-        dtype=inventory.dtype,
-        quantization={name: own for name, own in inventory.quantization.items() if own},
-        weights=plan.weights,
-        experts=plan.experts,
-        attention=plan.attention,
-        rank=rank,
-        plan=plan.digest,
-        files=tuple(kept),
-        created=now(),
-        file=work / MANIFEST,
-    )
+    made = Manifest.of(plan, rank, kept, model=model, revision=revision, config=config)
+    manifest = replace(made, file=work / MANIFEST)
     Manifest.from_json(json.loads(json.dumps(manifest.to_json())), manifest.file).make_plan()
     _write(manifest)
     return manifest
