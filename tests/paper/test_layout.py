@@ -194,6 +194,7 @@ def test_no_rule_and_two_rules_are_errors(monkeypatch):
         layout.rule_for("language_model.model.layers.0.self_attn.gate", "columns", "heads")
     doubled = layout.RULES["columns", "heads"] + (("*.q_proj", layout.WHOLE),)
     monkeypatch.setattr(layout, "RULES", {("columns", "heads"): doubled})
+    layout.rule_for.cache_clear()
     with pytest.raises(PlanError, match=r"found \*\.self_attn\.q_proj, \*\.q_proj"):
         layout.rule_for("language_model.model.layers.0.self_attn.q_proj", "columns", "heads")
 
