@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import lru_cache
+from functools import cache
 
 from m3dist.config import ModelConfig
 from m3dist.errors import PlanError
@@ -72,7 +72,7 @@ RULES: Mapping[tuple[str, str], tuple[tuple[str, Cut], ...]] = {
 Span = tuple[int, int]  # [start, stop)
 
 
-@lru_cache(maxsize=None)  # asked for every tensor, again and again, while planning
+@cache  # asked for every tensor, again and again, while planning
 def rule_for(module: str, experts: str, attention: str) -> Cut:
     """The one rule of RULES[experts, attention] that matches a module's name. Raises PlanError for none or several."""
     found = [(pattern, cut) for pattern, cut in RULES[experts, attention] if fnmatchcase(module, pattern)]
