@@ -18,8 +18,10 @@ PYTHON  ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10;
 run: $(VENV)/.installed-$(BACKEND)
 	$(BIN)/m3dist generate --model tiny -n $(RANKS) --temperature 0 --prompt "$(PROMPT)"
 
+# Tests that compute share the cores; those with limits in seconds run one at a time.
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 tests/paper tests/unit tests/reference
+	$(BIN)/python -m pytest tests/ranks tests/hosts
 
 lint: dev
 	$(BIN)/ruff check .

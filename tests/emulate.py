@@ -101,7 +101,6 @@ inline float sin(float x) { return std::sin(x); }
 
 def compiler(dialect: str) -> Callable[..., Any]:
     """What takes the place of mx.fast.`dialect`_kernel."""
-    prologue = COMMON + {"cuda": CUDA, "metal": METAL}[dialect]
 
     def make(name: str, input_names: list[str], output_names: list[str], source: str, header: str) -> Any:
         def run(inputs, output_shapes, output_dtypes, grid, threadgroup, template=()):
@@ -121,7 +120,7 @@ def compiler(dialect: str) -> Callable[..., Any]:
                 f"using {n} = {TYPES[v]};" if isinstance(v, mx.Dtype) else f"constexpr unsigned int {n} = {v};"
                 for n, v in template
             ]
-            library = build(prologue + header + PROGRAM % ("\n".join(declared), source))
+            library = build(dialect, header + PROGRAM % ("\n".join(declared), source))
             pointers = [(ctypes.c_void_p * len(xs))(*(x.ctypes.data for x in xs)) for xs in (held, outputs)]
             library.run(*pointers, grid[0] // threadgroup[0], threadgroup[0])
             return [mx.array(x).view(d) if d == mx.bfloat16 else mx.array(x) for x, d in zip(outputs, output_dtypes)]
@@ -158,14 +157,28 @@ extern "C" void run(const void* const* in, void* const* out, int groups, int thr
 
 
 @cache
-def build(source: str) -> ctypes.CDLL:
+def build(dialect: str, source: str) -> ctypes.CDLL:
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch, "kernel.cpp")
         file.write_text(source)
-        command = ["g++", "-std=c++20", "-O1", "-w", "-shared", "-fPIC", "-pthread", "-o", f"{scratch}/k.so", str(file)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[:3000]
+        gcc("-shared", "-include", f"{prologue(dialect).name}/prologue.h", "-o", f"{scratch}/k.so", str(file))
         return ctypes.CDLL(f"{scratch}/k.so")
+
+
+@cache
+def prologue(dialect: str) -> tempfile.TemporaryDirectory:
+    """A folder with the header of a dialect, compiled: the standard library's takes longer than any kernel."""
+    folder = tempfile.TemporaryDirectory()
+    file = Path(folder.name, "prologue.h")
+    file.write_text(COMMON + {"cuda": CUDA, "metal": METAL}[dialect])
+    gcc("-x", "c++-header", "-o", f"{file}.gch", str(file))
+    return folder
+
+
+def gcc(*arguments: str) -> None:
+    command = ["g++", "-std=c++20", "-O1", "-w", "-fPIC", "-pthread", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[:3000]
 
 
 def numpy_type(dtype: mx.Dtype) -> Any:

@@ -139,13 +139,13 @@ def test_a_narrow_link(net):
 
 def test_a_model_that_a_host_s_user_may_not_look_into(net):
     """It is that host's disk which is in the way, not ssh."""
-    secret = net.host(1).path("/secret")
+    secret = net.host(1).path("/home/secret")  # a host's own; most of its other folders are the machine's
     secret.mkdir(mode=0o700)
     doctor(net, 1, 0)
-    done = m3dist(net, "doctor", "--hostfile", "/root/hosts.json", "--model", "/secret/m3", "--json")
+    done = m3dist(net, "doctor", "--hostfile", "/root/hosts.json", "--model", "/home/secret/m3", "--json")
     secret.rmdir()
     found = [f for f in of_level(json.loads(done.stdout), "error") if f["host"] == net.host(1).address]
-    assert [(f["check"], f["seen"]) for f in found] == [("disk", "/secret/m3: Permission denied")]
+    assert [(f["check"], f["seen"]) for f in found] == [("disk", "/home/secret/m3: Permission denied")]
     assert "let ann read it there" in found[0]["remedy"]
 
 

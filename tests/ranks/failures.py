@@ -8,7 +8,6 @@ import contextlib
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,7 +19,7 @@ from typing import Any
 import psutil
 from faulty import rank_of
 from outcome import TABLE, Outcome
-from world import MPIRUN
+from world import MPIRUN, free_port
 
 from m3dist.cluster.supervise import AGENT
 from m3dist.status import DESCRIPTOR as STATUS
@@ -231,20 +230,8 @@ def faulty(
 def by_mlx_launch(folder: Path, *command: str, world: int = 2, **env: str) -> Trial:
     """Plain mlx.launch, over the ring."""
     launcher = str(Path(sys.executable).with_name("mlx.launch"))
-    line = [launcher, "--backend", "ring", "-n", str(world), "--starting-port", str(free_port()), "--", *command]
+    line = [launcher, "--backend", "ring", "-n", str(world), "--starting-port", str(free_port(world)), "--", *command]
     return Trial(folder, line, "ring", "mlx.launch", **env)
-
-
-def free_port() -> int:
-    """One after which two more are free."""
-    while True:
-        with contextlib.ExitStack() as stack, contextlib.suppress(OSError, OverflowError):
-            sockets = [stack.enter_context(socket.socket()) for _ in range(3)]
-            sockets[0].bind(("127.0.0.1", 0))
-            port = sockets[0].getsockname()[1]
-            for further, other in enumerate(sockets[1:], start=1):
-                other.bind(("127.0.0.1", port + further))
-            return port
 
 
 def by_mpirun(folder: Path, *command: str, **env: str) -> Trial:

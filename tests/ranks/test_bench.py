@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from world import MPIRUN
+from world import MPIRUN, ending
 
 from m3dist.options import CPU_PREFILL_CHUNK
 
@@ -115,7 +115,8 @@ def test_cut_off(ranks, number):
     """What was measured until then is still said, the JSON line last; here that is the machine alone."""
     command = [sys.executable, "-m", "m3dist", "bench", *LONG, "-n", str(ranks)]
     root = Path(__file__).parents[2]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=root) as process:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with ending(subprocess.Popen(command, **pipes, text=True, cwd=root)) as process:
         while "measured: memory" not in (line := process.stderr.readline()):
             assert line, "the bench ended by itself"
         process.send_signal(number)

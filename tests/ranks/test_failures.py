@@ -20,6 +20,7 @@ from pathlib import Path
 import psutil
 import pytest
 from failures import FAULTY, M3DIST, Trial, by_mlx_launch, by_mpirun, faulty, phase, started
+from world import ending
 
 from m3dist.cluster.agent import STATE_LOOK
 from m3dist.cluster.handshake import DIGEST, NONCE
@@ -328,9 +329,10 @@ def test_the_terminal_is_closed(tmp_path, backend):
 def test_a_rank_s_words_on_a_terminal_are_known_too():
     """There rank 0 writes to the terminal itself: the launcher does not see it, and yet says what to do."""
     ours, theirs = os.openpty()
-    command = [*M3DIST, "generate", "-n", "2", "--model", "nobody/nothing", "--prompt", "Hello"]
+    command = [*M3DIST, "generate", "-n", "2", "--model", "nobody/nothing", "--fetch", "--prompt", "Hello"]
     env = os.environ | {"HF_HUB_OFFLINE": "1"}
-    with subprocess.Popen(command, env=env, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True) as job:
+    streams = {"stdin": theirs, "stdout": theirs, "stderr": theirs, "start_new_session": True}
+    with ending(subprocess.Popen(command, env=env, **streams)) as job:
         os.close(theirs)
         said = b""
         with contextlib.suppress(OSError):  # Linux: the end
@@ -567,7 +569,7 @@ def test_characters_are_never_cut(backend):
 def test_what_a_good_job_printed_waits_for_a_slow_reader(folder, backend):
     program = "for number in range(3000): print(f'{number:>98}')"
     command = [*M3DIST, "launch", "-n", "1", "--backend", backend, "--", "python", "-c", program]
-    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+    with ending(subprocess.Popen(command, stdout=subprocess.PIPE)) as process:
         with pytest.raises(subprocess.TimeoutExpired):
             process.wait(4)
         assert process.stdout.read().splitlines() == [b"[rank 0] %98d" % number for number in range(3000)]
