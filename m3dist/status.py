@@ -43,9 +43,10 @@ class Page:
         text = phase.encode()[: WORDS - HEADER.size]
         self._writes += 1
         since = time.monotonic()
-        HEADER.pack_into(self._memory, 0, self._writes, self._writes - 1, since, limit, len(text))
+        # Copied as a whole: pack_into would write zeros first, which a reader takes for a limit long past.
+        self._memory[: HEADER.size] = HEADER.pack(self._writes, self._writes - 1, since, limit, len(text))
         self._memory[HEADER.size : HEADER.size + len(text)] = text
-        HEADER.pack_into(self._memory, 0, self._writes, self._writes, since, limit, len(text))
+        self._memory[: HEADER.size] = HEADER.pack(self._writes, self._writes, since, limit, len(text))
 
     def read(self) -> Status | None:
         """None if the rank has not written yet. A rank stopped within a write gives what it was writing."""

@@ -9,6 +9,7 @@ nothing may be skipped, because .ci/run installed every tool: a skip fails the s
 import importlib.util
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from functools import cache
@@ -60,6 +61,12 @@ NEEDS = {
 def unmet(marker: str) -> str | None:
     """Why tests with `marker` cannot run on this machine, or None."""
     return NEEDS[marker]()
+
+
+def pytest_configure():
+    for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(number) == signal.SIG_IGN:  # as under nohup, or in a script's background
+            signal.signal(number, usual)  # what tests start inherits it, and is sent these signals
 
 
 def pytest_collection_modifyitems(items):
