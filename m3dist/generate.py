@@ -16,7 +16,7 @@ import mlx.core as mx
 from m3dist.cluster.environment import Launch
 from m3dist.comm import Comm, all_ranks
 from m3dist.config import ModelConfig, read_config
-from m3dist.engine import Request, generate_tokens
+from m3dist.engine.alone import Request, generate_tokens
 from m3dist.errors import M3Error
 from m3dist.find import directory_of, find_or_fetch
 from m3dist.options import GenerateOptions

@@ -13,7 +13,7 @@ import mlx.core as mx
 from m3dist import layout
 from m3dist.bench.weights import key_of
 from m3dist.cache import LayerCache
-from m3dist.engine import Request, generate_tokens
+from m3dist.engine.alone import Request, generate_tokens
 from m3dist.model import Model
 from m3dist.model.text import DTYPES
 from m3dist.plan import Plan

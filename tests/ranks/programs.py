@@ -16,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 
 from m3dist.comm import Comm, connect
-from m3dist.engine import Request, generate_tokens
+from m3dist.engine.alone import Request, generate_tokens
 from m3dist.errors import M3Error
 from m3dist.fetch import target
 from m3dist.fetch.program import fetch

@@ -7,7 +7,7 @@ import mlx.core as mx
 import pytest
 from reference.ours import build
 
-from m3dist.engine import Request, generate_tokens
+from m3dist.engine.alone import Request, generate_tokens
 from m3dist.sample import Sampling
 
 CONFIG = checkpoints.tiny_config(num_hidden_layers=2)

@@ -19,7 +19,7 @@ from small_random import build, plan_of
 import m3dist.model
 from m3dist import engine
 from m3dist.comm import Comm
-from m3dist.engine import Request, generate_tokens
+from m3dist.engine.alone import Request, generate_tokens
 from m3dist.model import Model, fusion
 from m3dist.sample import Sampling
 

@@ -8,7 +8,7 @@ import mlx.core as mx
 import pytest
 from reference.ours import build
 
-from m3dist.engine import Request, generate_tokens
+from m3dist.engine.alone import Request, generate_tokens
 from m3dist.model.prefill import run_in_turns, sums_travel_apart
 from m3dist.sample import Sampling
 

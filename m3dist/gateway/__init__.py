@@ -1,0 +1,1 @@
+"""What talks to clients: HTTP, the APIs of OpenAI and Anthropic, text and tokens. A process of its own, without MLX."""
