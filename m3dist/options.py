@@ -1,4 +1,7 @@
-"""What `m3dist generate`, `bench`, `fetch` and `convert` were asked to do, and the words the flags know. No MLX."""
+"""What `m3dist generate`, `serve`, `chat`, `bench`, `fetch` and `convert` were asked to do, and the words of their flags.
+
+No MLX.
+"""
 
 from dataclasses import dataclass
 
@@ -46,6 +49,47 @@ class GenerateOptions:
     bits: int | None = None
     group_size: int | None = None
     fetch: bool = False  # get what is missing first
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """One server. Every value is in range; `weights`, if given, has one entry per rank. API keys are never in here."""
+
+    model: str = "tiny"  # a directory, a hub id, or "tiny": the checkpoint inside the package
+    names: tuple[str, ...] = ()  # what clients may call the model beside its own name
+    host: str = "127.0.0.1"  # address the gateway listens on
+    port: int = 8080  # in 0..65535; 0: one that is free
+    insecure: bool = False  # may listen beyond this machine without API keys
+    rows: int = 32  # >= 1: requests computed together, at most
+    queue: int = 256  # >= 0: requests that may wait for a row
+    context: int | None = None  # >= 1, tokens of one prompt and its answer; None: the model's, as far as memory goes
+    cache_tokens: int | None = None  # >= 1, tokens that the cache holds for all requests; None: by each Mac's memory
+    prefill_chunk: int | None = None  # >= 1, tokens of prompts computed at a time; None: by the device
+    thinking: str = "adaptive"  # one of THINKING, where a request does not say
+    restarts: int = 5  # >= 0: failures of the ranks in a row after which the server gives up
+    drain: float = 30.0  # >= 0, seconds that running requests may take to finish once the server is told to end
+    request_limit: float = 3600.0  # > 0, seconds that one request may take in all
+    dtype: str | None = None  # from here on as GenerateOptions
+    experts: str = "columns"
+    attention: str = "heads"
+    weights: tuple[float, ...] | None = None
+    mode: str | None = None
+    bits: int | None = None
+    group_size: int | None = None
+    fetch: bool = False
+
+
+@dataclass(frozen=True)
+class ChatOptions:
+    """One chat. Every value is in range."""
+
+    url: str | None = None  # of a server that runs; None: one is started for this chat, with the flags of serve
+    api_key: str | None = None
+    model: str | None = None  # what to ask the server for; None: the first that it names
+    system: str | None = None
+    thinking: str | None = None  # one of THINKING; None: the server's default
+    max_tokens: int | None = None  # >= 1, of an answer; None: the server's default
+    temperature: float | None = None  # >= 0; None: the server's default
 
 
 @dataclass(frozen=True)
