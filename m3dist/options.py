@@ -1,7 +1,4 @@
-"""What `m3dist generate`, `serve`, `chat`, `bench`, `fetch` and `convert` were asked to do, and the words of their flags.
-
-No MLX.
-"""
+"""What `m3dist generate`, `serve`, `chat`, `bench`, `fetch` and `convert` were asked; the words of their flags. No MLX."""
 
 from dataclasses import dataclass
 
