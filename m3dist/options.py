@@ -1,4 +1,4 @@
-"""What `m3dist generate`, `serve`, `chat`, `bench`, `fetch` and `convert` were asked; the words of their flags. No MLX."""
+"""What the verbs were asked to do, and the words their flags know. No MLX."""
 
 from dataclasses import dataclass
 
@@ -63,7 +63,7 @@ class ServeOptions:
     cache_tokens: int | None = None  # >= 1, tokens that the cache holds for all requests; None: by each Mac's memory
     prefill_chunk: int | None = None  # >= 1, tokens of prompts computed at a time; None: by the device
     thinking: str = "adaptive"  # one of THINKING, where a request does not say
-    restarts: int = 5  # >= 0: failures of the ranks in a row after which the server gives up
+    restarts: int = 5  # >= 0: how often in a row the ranks are started again, before the server gives up
     drain: float = 30.0  # >= 0, seconds that running requests may take to finish once the server is told to end
     request_limit: float = 3600.0  # > 0, seconds that one request may take in all
     dtype: str | None = None  # from here on as GenerateOptions
