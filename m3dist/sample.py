@@ -5,23 +5,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from m3dist.comm import Comm, agreement
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How a token is chosen, in transformers' order: temperature, top-k, top-p, min-p. Temperature 0 is greedy."""
-
-    temperature: float = 1.0
-    top_p: float = 0.95  # 1 is off
-    top_k: int = 40  # 0 is off
-    min_p: float = 0.0  # 0 is off
-
-    def candidates(self, vocabulary: int) -> int:
-        """How many of a rank's best logits can matter."""
-        if self.temperature == 0:
-            return 1
-        return min(self.top_k or vocabulary, vocabulary)
-
+from m3dist.sampling import Sampling as Sampling
 
 CHUNK = 64  # logits whose largest stands for them while the largest of all are looked for
 
