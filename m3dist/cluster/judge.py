@@ -73,6 +73,7 @@ class Verdict:
     rank: int | None = None
     host: int | None = None
     ordered: bool = False  # a signal to the launcher
+    unsure: tuple[str, ...] = ()  # hosts on which ranks may still be ending
 
 
 @dataclass

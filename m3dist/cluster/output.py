@@ -28,7 +28,7 @@ class Output:
         self.streams = {STDOUT: stdout or sys.stdout.buffer, STDERR: stderr or sys.stderr.buffer}
         self._unfinished: dict[tuple[int, int], bytes] = defaultdict(bytes)
         self._tails: dict[int, deque[bytes]] = defaultdict(lambda: deque(maxlen=TAIL))
-        self._queue: SimpleQueue[tuple[int, bytes, Callable[[bool], None]]] = SimpleQueue()
+        self._queue: SimpleQueue[tuple[int, bytes, Callable[[bool], None]] | None] = SimpleQueue()
         self._given = self._written = 0
         threading.Thread(target=self._write, daemon=True).start()
 
@@ -52,12 +52,13 @@ class Output:
         return self._given > self._written
 
     def finish(self, shown: Callable[[bool], None]) -> None:
-        """Show what is left, lines without an end too; `shown` is called once that is done."""
+        """Show what is left, lines without an end too; `shown` is called once that is done. Nothing is added then."""
         for (rank, stream), rest in self._unfinished.items():
             if rest:
                 self._queue.put((self._target(rank, stream), self._line(rank, stream, rest + b"\n"), lambda read: None))
         self._unfinished.clear()
         self._queue.put((STDERR, b"", shown))
+        self._queue.put(None)
 
     def say(self, text: str) -> None:
         """A message of the launcher's own."""
@@ -90,8 +91,8 @@ class Output:
         return b"[rank %d] %s" % (rank, line) if self.marked or rank else line
 
     def _write(self) -> None:
-        while True:
-            stream, data, shown = self._queue.get()
+        while (piece := self._queue.get()) is not None:
+            stream, data, shown = piece
             read = False
             with suppress(OSError, ValueError):  # nobody reads it any more
                 self.streams[stream].write(data)

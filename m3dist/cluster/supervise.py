@@ -57,6 +57,7 @@ class Job:
     start_limit: float = 60.0  # seconds
     silence_limit: float = 10.0  # seconds without a word from a host after which it counts as lost
     end_limit: float = 60.0  # seconds that ranks may go on after another has ended well
+    leave_limit: float = 2 * END_GRACE  # seconds to wait until all ranks are gone, once they are told to end
 
     @property
     def backend(self) -> str:
@@ -97,18 +98,19 @@ def run_job(job: Job, output: Output | None = None) -> int:
     return judged(job, output).status
 
 
-def judged(job: Job, output: Output | None = None) -> Verdict:
-    """As run_job: what became of it."""
+def judged(job: Job, output: Output | None = None, events: "Events | None" = None) -> Verdict:
+    """As run_job: what became of it. On another thread than the main one no signal is handled: there `events` is the
+    job's own queue, on which the caller puts an Interrupted to end it."""
     with ExitStack() as stack:
         output = output or Output(job.marked)
-        supervisor = _Supervisor(job, output)
-        stack.enter_context(_signals_to(supervisor.events.put))
+        supervisor = _Supervisor(job, output, SimpleQueue() if events is None else events)
+        stack.enter_context(signals_to(supervisor.events.put))
         stack.callback(supervisor.close)
         verdict = supervisor.run()
         supervisor.end()
         verdict = supervisor.show_the_rest(verdict)
         supervisor.say(verdict)
-    return verdict
+    return replace(verdict, unsure=supervisor.unsure())
 
 
 def run_again(job: Job, restarts: int) -> int:
@@ -146,12 +148,19 @@ class Gone:
 
 @dataclass(frozen=True)
 class Interrupted:
+    """A signal to us; or somebody who supervises us wants the end, and says why."""
+
     signal: int
+    why: str = ""
 
 
 @dataclass(frozen=True)
 class Shown:
     """Everything that the ranks printed is."""
+
+
+Event = Told | Gone | Interrupted | Shown
+Events = SimpleQueue[Event]
 
 
 class _Over(Exception):
@@ -162,16 +171,16 @@ class _Over(Exception):
 
 
 class _Supervisor:
-    def __init__(self, job: Job, output: Output):
-        self.job, self.output = job, output
+    def __init__(self, job: Job, output: Output, events: Events):
+        self.job, self.output, self.events = job, output, events
         self.hosts = job.hosts
         self.mpirun: Mpirun | None = None
-        self.events: SimpleQueue[Told | Gone | Interrupted | Shown] = SimpleQueue()
         self.seen = Evidence(job.host_of, [host.ssh for host in self.hosts])
         self.heard: dict[int, float] = {}  # host -> when it last said something; only those that have
         self.seen.heard = self.heard
         self.agents: dict[int, Agent] = {}
-        self.ended: set[int | None] = set()
+        self.ended: set[int | None] = set()  # hosts of which nothing more is awaited
+        self.left: set[int] = set()  # those that told that none of their ranks is left
         self.phases: dict[int, str] = {}
         self.seen.phases = self.phases
         self.seen.end_limit = job.end_limit
@@ -281,7 +290,7 @@ class _Supervisor:
                 return not_started(self.seen, silent, self.job.start_limit)
             self._next(min(found, start_limit) if silent else found)
 
-    def _next(self, until: float) -> Told | Gone | Interrupted | Shown | None:
+    def _next(self, until: float) -> Event | None:
         """The next event, noted; None if there is none until then. Raises _Over where it ends the job."""
         event = self._wait(until)
         if isinstance(event, Interrupted):
@@ -295,7 +304,7 @@ class _Supervisor:
             self._note(event.host, event.message)
         return event
 
-    def _wait(self, until: float) -> Told | Gone | Interrupted | Shown | None:
+    def _wait(self, until: float) -> Event | None:
         """The next event of all, while hosts are pinged and those that do not answer are given up."""
         while True:
             now = time.monotonic()
@@ -337,6 +346,7 @@ class _Supervisor:
             self.seen.losses.append(Loss(number, how, now))
         elif "ended" in message:
             self.ended.add(number)
+            self.left.add(number)
 
     # -----------------------------------------------------------------------------------------------------------------
     # The end
@@ -344,7 +354,7 @@ class _Supervisor:
     def end(self) -> None:
         """Have every agent end its ranks: gently, but at once at a second signal to us; and wait for them."""
         self._tell_all({"end": "gently"})
-        limit = time.monotonic() + 2 * END_GRACE
+        limit = time.monotonic() + self.job.leave_limit
         while self.heard.keys() - self.ended and time.monotonic() < limit:
             event = self._wait(limit)
             if isinstance(event, Interrupted):
@@ -354,6 +364,10 @@ class _Supervisor:
             elif isinstance(event, Told):
                 with suppress(_Over):
                     self._note(event.host, event.message)
+
+    def unsure(self) -> tuple[str, ...]:
+        """Hosts on which ranks may still be ending: they have not told that none is left."""
+        return tuple(self.hosts[number].ssh for number in sorted(self.heard.keys() - self.left)) if self.begun else ()
 
     def show_the_rest(self, verdict: Verdict) -> Verdict:
         """Wait until what the ranks printed is read: all of it, if the job went well, however slowly."""
@@ -444,11 +458,11 @@ class _Supervisor:
 
 
 def _interrupted(event: Interrupted) -> Verdict:
-    return Verdict(128 + event.signal, f"{signal_name(event.signal)} received", ordered=True)
+    return Verdict(128 + event.signal, event.why or f"{signal_name(event.signal)} received", ordered=True)
 
 
 @contextmanager
-def _signals_to(put: Callable[[Interrupted], None]) -> Iterator[None]:
+def signals_to(put: Callable[[Interrupted], None]) -> Iterator[None]:
     """Inside, SIGNALS become events. Those our parent had us ignore (nohup) stay ignored."""
 
     def handle(number: int, frame: FrameType | None) -> None:
