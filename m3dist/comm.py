@@ -152,9 +152,10 @@ def versions() -> dict[str, str]:
 
 
 def agreement(hidden: mx.array) -> mx.array:
-    """A uint32 [1] that differs where the bits of `hidden` do: the sum of its words, each times an odd weight."""
-    words = hidden.reshape(-1).view(mx.uint16 if hidden.dtype.size == 2 else mx.uint32)
-    return (words * _odd_numbers(words.size)).sum(keepdims=True)
+    """A uint32 [..., 1] that differs where the bits of a row of `hidden` [..., hidden_size] do: the sum of its words,
+    each times an odd weight."""
+    words = hidden.view(mx.uint16 if hidden.dtype.size == 2 else mx.uint32)
+    return (words * _odd_numbers(words.shape[-1])).sum(axis=-1, keepdims=True)
 
 
 @lru_cache(maxsize=4)

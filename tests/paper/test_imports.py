@@ -25,7 +25,7 @@ ORDER = [
     {"m3dist.layout", "m3dist.quantization", "m3dist.translation"},
     {"m3dist.checkpoint", "m3dist.plan"},
     {"m3dist.reads", "m3dist.comm", "m3dist.predict", "m3dist.plan_report"},
-    {"m3dist.cache", "m3dist.fetch.manifest", "m3dist.numbers", "m3dist.sample"},
+    {"m3dist.cache", "m3dist.fetch.manifest", "m3dist.numbers", "m3dist.sample", "m3dist.adjust"},
     {"m3dist.fetch.command", "m3dist.fetch.store"},
     {"m3dist.paged"},
     {"m3dist.model"},
