@@ -5,6 +5,7 @@ Every value is checked here, before any process starts: a bad flag is one line t
 
 import argparse
 import io
+import ipaddress
 import math
 import os
 import re
@@ -14,7 +15,8 @@ from contextlib import suppress
 from dataclasses import fields, replace
 from functools import partial
 from importlib.util import find_spec
-from typing import Any, NoReturn
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from m3dist import __version__
 from m3dist.cluster import environment
@@ -50,10 +52,15 @@ from m3dist.options import (
     FetchOptions,
     GenerateOptions,
     LinksOptions,
+    ServeOptions,
 )
 from m3dist.watchdog import EXIT_PEER_LOST, START, bounds, seconds, within_bounds
 
+if TYPE_CHECKING:
+    from m3dist.cluster.supervise import Job
+
 SECRETS = ("HF_TOKEN",)
+API_KEY = "M3DIST_API_KEY"
 # What the launcher waits for: the variable, its default and the least, in seconds. Hosts are asked for a word
 # every two.
 LIMITS = {
@@ -178,19 +185,93 @@ def bench_links(parser: argparse.ArgumentParser, args: argparse.Namespace, argv:
 
 def start_ranks(parser: argparse.ArgumentParser, args: argparse.Namespace, argv: list[str]) -> int:
     """Run this command as the ranks that --hostfile or -n ask for."""
-    from m3dist.cluster.supervise import Job, run_job
+    from m3dist.cluster.supervise import run_job
 
-    hostfile = hosts_of(parser, args)
-    return run_job(
-        Job(
-            hostfile,
-            (None, *python_module("m3dist"), *argv),
-            env=forwarded(),
-            secret=SECRETS,
-            ours=("stdin", "stdout", "stderr") if sys.stderr.isatty() else ("stdin", "stdout"),
-            **limits(args),
-        )
+    return run_job(job_of(parser, args, argv))
+
+
+def job_of(parser: argparse.ArgumentParser, args: argparse.Namespace, argv: list[str]) -> "Job":
+    """This command, run by the ranks that --hostfile or -n ask for."""
+    from m3dist.cluster.supervise import Job
+
+    return Job(
+        hosts_of(parser, args),
+        (None, *python_module("m3dist"), *argv),
+        env=forwarded(),
+        secret=SECRETS,
+        ours=("stdin", "stdout", "stderr") if sys.stderr.isatty() else ("stdin", "stdout"),
+        **limits(args),
     )
+
+
+def serve(parser: argparse.ArgumentParser, args: argparse.Namespace, argv: list[str]) -> int:
+    """Be a rank if a launcher made this process one; else start gateway and ranks, be they one, and watch over them."""
+    check_kept(parser, args, args.model)
+    launch = environment.detect(os.environ)
+    check_world(parser, args, launch)
+    options = serve_options(args)
+    watch_launcher()
+    from m3dist import serve as server
+
+    if launch.launcher == "m3dist" and server.GATEWAY in os.environ:
+        return server.rank_main(options, launch)
+    keys = api_keys(parser, args)
+    check_exposed(parser, options, keys)
+    if launch.launcher != "single":
+        return server.rank_main(options, launch, keys)
+    if args.api_key:
+        print("m3dist serve: --api-key is seen by all who list this machine's processes; --api-key-file and "
+              f"{API_KEY} are not", file=sys.stderr)  # fmt: skip
+    return server.main(options, job_of(parser, args, without_value(argv, "--api-key")), keys)
+
+
+def check_exposed(parser: argparse.ArgumentParser, options: ServeOptions, keys: Sequence[str]) -> None:
+    """Whether a server that other machines can reach asks for a key; else ends the program."""
+    if not (keys or options.insecure or is_loopback(options.host)):
+        parser.error(
+            f"argument --host: {options.host} can be reached from other machines: give --api-key-file (or {API_KEY}), "
+            "or --insecure to let everybody in"
+        )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach an address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def api_keys(parser: argparse.ArgumentParser, args: argparse.Namespace) -> tuple[str, ...]:
+    """Those of --api-key, --api-key-file and the environment, out of which it is taken: no rank shall see it there."""
+    sources = {"--api-key": args.api_key or [], API_KEY: [os.environ.pop(API_KEY)] if API_KEY in os.environ else []}
+    if path := args.api_key_file:
+        try:
+            lines = Path(path).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            parser.error(f"argument --api-key-file: {path} cannot be read: {error}")
+        sources["--api-key-file"] = [text for line in lines if (text := line.strip()) and not text.startswith("#")]
+        if not sources["--api-key-file"]:
+            parser.error(
+                f"argument --api-key-file: no key in {path}; a line is one, unless it is empty or begins with #"
+            )
+    for source, keys in sources.items():
+        if not all(re.fullmatch("[!-~]+", key) for key in keys):
+            parser.error(
+                f"argument {source}: a key is one or more of ASCII's letters, digits and signs, without blanks"
+            )
+    return tuple(dict.fromkeys(key for keys in sources.values() for key in keys))
+
+
+def without_value(argv: Sequence[str], flag: str) -> list[str]:
+    """`argv` without `flag` and its value, in either spelling."""
+    kept, words = [], iter(argv)
+    for word in words:
+        if word == flag:
+            next(words)
+        elif not word.startswith(f"{flag}="):
+            kept.append(word)
+    return kept
 
 
 def launch(parser: argparse.ArgumentParser, args: argparse.Namespace, argv: list[str]) -> int:
@@ -270,6 +351,12 @@ def check_world(parser: argparse.ArgumentParser, args: argparse.Namespace, launc
 def generate_options(args: argparse.Namespace) -> GenerateOptions:
     values = {name: value for name, value in vars(args).items() if name in GenerateOptions.__dataclass_fields__}
     return GenerateOptions(**values | {"stop": tuple(args.stop or ())})
+
+
+def serve_options(args: argparse.Namespace) -> ServeOptions:
+    return ServeOptions(
+        **{f.name: getattr(args, f.name) for f in fields(ServeOptions)} | {"names": tuple(args.names or ())}
+    )
 
 
 def fetch_options(args: argparse.Namespace) -> FetchOptions:
@@ -413,6 +500,7 @@ def build_parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"m3dist {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     add_generate(verbs.add_parser("generate", help="answer one prompt"))
+    add_serve(verbs.add_parser("serve", help="answer many people, over HTTP, as OpenAI's and Anthropic's servers do"))
     add_plan(verbs.add_parser("plan", help="what each machine would hold and read"))
     add_launch(verbs.add_parser("launch", help="run a command as ranks, on this machine or those of a hostfile"))
     add_doctor(verbs.add_parser("doctor", help="ask every host what would keep a job from running, and what to do"))
@@ -472,6 +560,55 @@ def add_prefill_chunk(group: Any) -> None:
         "the CPU")
 
 
+def add_serve(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Serve a model over HTTP: OpenAI's chat/completions, completions and responses, Anthropic's messages, under "
+        "/v1; /health; /metrics. Ranks that fail are started again, and the requests go on where they were. SIGTERM or "
+        "Ctrl-C: finish what runs, then end."
+    )
+    parser.set_defaults(call=partial(serve, parser))
+    preset = ServeOptions()
+
+    model = parser.add_argument_group("model")
+    add(model, "--model", metavar="DIR|HUB_ID|tiny", type=nonempty, default=preset.model,
+        help="checkpoint directory, hub id, or tiny: the one inside the package")
+    add(model, "--name", dest="names", metavar="NAME", type=nonempty, action="append",
+        help="what clients may call the model, beside --model's value; repeatable")
+    add(model, "--thinking", choices=THINKING, default=preset.thinking,
+        help="whether the model reasons first, where a request does not say")
+
+    access = parser.add_argument_group("access")
+    add(access, "--host", metavar="ADDRESS", type=nonempty, default=preset.host,
+        help="where to listen; 0.0.0.0 for all who reach this machine, which needs a key")
+    add(access, "--port", metavar="N", type=whole(0, 65535), default=preset.port, help="0: one that is free")
+    add_keys(access)
+    access.add_argument("--insecure", action="store_true", help="let other machines in without a key")
+
+    limits = parser.add_argument_group("limits")
+    add(limits, "--rows", metavar="N", type=whole(1, 4096), default=preset.rows,
+        help="requests computed together, at most")
+    add(limits, "--queue", metavar="N", type=whole(0), default=preset.queue,
+        help="requests that may wait; beyond, clients are told to come again (429)")
+    add(limits, "--context", metavar="N", type=whole(1),
+        help="tokens of one prompt and its answer; default: the model's, as far as memory goes")
+    add(limits, "--cache-tokens", metavar="N", type=whole(1),
+        help="tokens that caches hold, of all requests together; default: as many as memory takes")
+    add(limits, "--request-limit", metavar="SECONDS", type=positive, default=preset.request_limit,
+        help="that a request may take in all")
+    add(limits, "--restarts", metavar="N", type=whole(0), default=preset.restarts,
+        help="starts of the ranks after failures in a row, after 0, 1, 2, 4, ... s, before giving up")
+    add(limits, "--drain", metavar="SECONDS", type=real("from 0 to 1e6", lambda x: 0 <= x <= 1e6), default=preset.drain,
+        help="that running requests may take to finish when the server is to end")
+    add_prefill_chunk(add_cut(parser, preset))
+    add_kept(parser)
+
+
+def add_keys(group: Any) -> None:
+    group.add_argument("--api-key", metavar="KEY", type=nonempty, action="append",
+        help=f"a key, which others on this machine can see; better --api-key-file, or {API_KEY}")
+    add(group, "--api-key-file", metavar="FILE", type=nonempty, help="a file with a key in each line")
+
+
 def add_ranks(group: Any) -> None:
     add(group, "-n", "--ranks", metavar="N", type=whole(1, MAX_RANKS),
         help="processes to start on this machine (mlx.launch and mpirun set their number themselves)")
@@ -481,7 +618,7 @@ def add_ranks(group: Any) -> None:
         help="what the ranks talk over; default: what the hostfile names, or ring")
 
 
-def add_shares(cut: Any, preset: GenerateOptions | BenchOptions | FetchOptions) -> None:
+def add_shares(cut: Any, preset: GenerateOptions | BenchOptions | FetchOptions | ServeOptions) -> None:
     add(cut, "--experts", choices=EXPERTS, default=preset.experts,
         help="cut each routed expert by columns, or give each rank whole experts")
     add(cut, "--attention", choices=ATTENTION, default=preset.attention,
@@ -489,7 +626,7 @@ def add_shares(cut: Any, preset: GenerateOptions | BenchOptions | FetchOptions) 
     add(cut, "--weights", metavar="W,W,...", type=positives, help="each rank's share of the work, such as 2,1,1")
 
 
-def add_cut(parser: argparse.ArgumentParser, preset: GenerateOptions | BenchOptions) -> Any:
+def add_cut(parser: argparse.ArgumentParser, preset: GenerateOptions | BenchOptions | ServeOptions) -> Any:
     """The group of flags that say how many ranks there are and what each holds."""
     cut = parser.add_argument_group("the cut")
     add_ranks(cut)
