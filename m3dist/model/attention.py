@@ -6,13 +6,14 @@ import mlx.nn as nn
 from m3dist.cache import LayerCache
 from m3dist.comm import Comm
 from m3dist.config import ModelConfig
-from m3dist.model.decode import attend_one, attend_step
+from m3dist.model.decode import attend_one, attend_pages, attend_step
 from m3dist.model.dense import attend_causal
 from m3dist.model.heads import HeadProjections
 from m3dist.model.layers import GemmaRMSNorm
 from m3dist.model.positions import Positions
 from m3dist.model.products import multiply
 from m3dist.model.sparse import attend_sparse
+from m3dist.paged import PagedCache
 
 
 class Attention(nn.Module):
@@ -76,13 +77,13 @@ class Attention(nn.Module):
             found |= projections(x, offset)
         return found
 
-    def remember(self, heads: dict[str, mx.array], cache: LayerCache) -> None:
+    def remember(self, heads: dict[str, mx.array], cache: LayerCache | PagedCache) -> None:
         """Take the tokens into the cache."""
         # Index keys are kept from the first token on, also while every block fits the budget: later tokens choose
         # among them all.
         cache.append(heads["k"], heads["v"], heads.get("index_k"))
 
-    def attend(self, heads: dict[str, mx.array], positions: Positions, cache: LayerCache) -> mx.array:
+    def attend(self, heads: dict[str, mx.array], positions: Positions, cache: LayerCache | PagedCache) -> mx.array:
         """Take the tokens into the cache and attend: [rows, heads, tokens, head_dim]."""
         self.remember(heads, cache)
         q = heads["q"] if self._fill is None else heads["q"][:, self._fill]
@@ -99,15 +100,20 @@ class Attention(nn.Module):
             out = out.transpose(0, 2, 1, 3)
         return self.comm.all_sum(multiply(self.o_proj, out.reshape(rows, tokens, -1)))
 
-    def _dense(self, q: mx.array, positions: Positions, cache: LayerCache) -> mx.array:
+    def _dense(self, q: mx.array, positions: Positions, cache: LayerCache | PagedCache) -> mx.array:
         """Causal attention over everything up to each query's own position."""
         scale = self.config.head_dim**-0.5
+        if positions.tokens == 1 and isinstance(cache, PagedCache):
+            keys, values = cache.read()
+            return attend_one(q, keys, values, scale, positions.mask(keys.shape[2], q.dtype))
         if positions.aligned and positions.tokens == 1:
             return attend_one(q, cache.keys[:, :, : positions.end], cache.values[:, :, : positions.end], scale)
         return attend_causal(q, cache.keys, cache.values, positions, scale)
 
-    def _sparse(self, q: mx.array, index_q: mx.array, positions: Positions, cache: LayerCache) -> mx.array:
+    def _sparse(self, q: mx.array, index_q: mx.array, positions: Positions, cache: LayerCache | PagedCache) -> mx.array:
         c, (rows, _, tokens, dim) = self.config, q.shape
+        if tokens == 1 and c.sparse_local_block and isinstance(cache, PagedCache):
+            return attend_pages(q, index_q, cache, positions, c)
         if tokens == 1 and positions.aligned and c.sparse_local_block:
             step = positions.step(cache.capacity, c)
             return attend_step(q, cache.keys, cache.values, index_q, cache.index_keys, step, c)

@@ -8,7 +8,8 @@ import mlx.core as mx
 
 from m3dist.config import ModelConfig
 from m3dist.model.fusion import fused, on_gpu
-from m3dist.model.positions import Step
+from m3dist.model.positions import Positions, Step
+from m3dist.paged import PagedCache
 
 
 def attend_step(
@@ -51,10 +52,34 @@ def _gather(
     return gather(keys), gather(values)
 
 
-def attend_one(q: mx.array, keys: mx.array, values: mx.array, scale: float) -> mx.array:
-    """Softmax attention of one query a head over all of the keys: q [rows, heads, 1, head_dim]."""
+def attend_pages(q: mx.array, index_q: mx.array, cache: PagedCache, positions: Positions, c: ModelConfig) -> mx.array:
+    """The same out of pages, each row at a position of its own, some of them perhaps below the budget: shapes as above.
+
+    Index keys are read where they stand, and of K and V the chosen pages."""
+    step = positions.pages_step(cache.table, q.dtype, c)
+    chosen = _choose_pages(cache.index_pages, index_q, step.pages, step.bias, step.last)
+    keys, values = cache.read(chosen)
+    return attend_one(q, keys[:, :, : step.keys], values[:, :, : step.keys], c.head_dim**-0.5, step.mask)
+
+
+@fused
+def _choose_pages(
+    index_pages: mx.array, index_q: mx.array, pages: mx.array, bias: mx.array, last: mx.array
+) -> mx.array:
+    """int32 [rows, heads, topk]: the pages to read, the query's own last. Arguments as in PagedCache and PagesStep."""
+    rows = mx.arange(pages.shape[0], dtype=mx.uint32)[:, None]
+    scores = mx.gather_mm(index_q[:, :, 0], index_pages.swapaxes(-1, -2), rows, pages)
+    best = scores.max(axis=-1).swapaxes(1, 2) + bias
+    topk = last.shape[-1]
+    order = mx.argpartition(-best, kth=max(0, topk - 2), axis=-1)[..., :topk]
+    return mx.where(last >= 0, last, mx.take_along_axis(pages[:, None], order, axis=-1))
+
+
+def attend_one(q: mx.array, keys: mx.array, values: mx.array, scale: float, mask: mx.array | None = None) -> mx.array:
+    """Softmax attention of one query a head over all of the keys, but for those that `mask`, [rows, 1, 1, slots] to be
+    added to the scores, leaves out: q [rows, heads, 1, head_dim]."""
     if on_gpu():
-        return mx.fast.scaled_dot_product_attention(q, keys, values, scale=scale)
+        return mx.fast.scaled_dot_product_attention(q, keys, values, scale=scale, mask=mask)
     # Without a kernel of its own for this, the heads of a group are better the queries of one product.
     grouped = q.reshape(*keys.shape[:2], -1, q.shape[-1])
-    return mx.fast.scaled_dot_product_attention(grouped, keys, values, scale=scale).reshape(q.shape)
+    return mx.fast.scaled_dot_product_attention(grouped, keys, values, scale=scale, mask=mask).reshape(q.shape)

@@ -1,5 +1,6 @@
 """Where the tokens of one call stand, and what every layer of the call needs to know of it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -7,6 +8,8 @@ import mlx.core as mx
 import numpy as np
 
 from m3dist.config import ModelConfig
+from m3dist.model.fusion import on_gpu
+from m3dist.paged import Table
 
 READ_AHEAD = 2048  # index keys are read in whole multiples of so many slots: one shape serves many steps
 
@@ -44,6 +47,18 @@ class Positions:
             self.__dict__["_step"] = Step(self.starts[0], capacity, c)
         return self.__dict__["_step"]
 
+    def pages_step(self, table: Table, dtype: mx.Dtype, c: ModelConfig) -> "PagesStep":
+        """The same for rows at positions of their own, in pages."""
+        if "_pages_step" not in self.__dict__:
+            self.__dict__["_pages_step"] = PagesStep(self.starts, table, dtype, c)
+        return self.__dict__["_pages_step"]
+
+    def mask(self, slots: int, dtype: mx.Dtype) -> mx.array:
+        """[rows, 1, 1, slots], to be added to the scores of rows with one token each: 0, or -inf past the token."""
+        if "_mask" not in self.__dict__:
+            self.__dict__["_mask"] = _summands(np.arange(slots) <= np.array(self.starts)[:, None], dtype)
+        return self.__dict__["_mask"]
+
 
 class Step:
     """One decode step beyond the block budget: the query's own block is always read, as the last of its blocks.
@@ -70,3 +85,37 @@ class Step:
         if self._first.size != buffers:
             self._first = mx.array(np.arange(buffers) * self._blocks, dtype=mx.int32)
         return self._first
+
+
+class PagesStep:
+    """One decode step in pages, the longest row beyond the block budget: as Step, but each row stands elsewhere.
+
+    The own block is again the last of topk. A row of topk blocks or fewer reads all of them: they come first, and what
+    stands between them and its own block is masked. So are the keys past the query's own position.
+    """
+
+    def __init__(self, starts: Sequence[int], table: Table, dtype: mx.Dtype, c: ModelConfig):
+        size, topk, position = c.sparse_block_size, c.sparse_topk_blocks, np.array(starts)[:, None]
+        own, numbers = position // size, table.numbers
+        ahead = max(1, READ_AHEAD // size) if on_gpu() else 1
+        number = np.arange(-(-numbers.shape[1] // ahead) * ahead)
+        bias = np.where(number < own, 0.0, -np.inf)
+        bias[:, : c.sparse_init_block] = 1e30
+        bias[(own - c.sparse_local_block < number) & (number < own)] = np.inf
+        place = np.arange(topk)
+        last = np.where((place < own) & (own < topk), place, -1)
+        last[:, -1:] = own
+        known = np.take_along_axis(numbers, np.maximum(last, 0), axis=1)
+        self.pages = mx.array(np.pad(numbers, ((0, 0), (0, number.size - numbers.shape[1]))))  # to score
+        self.bias = mx.array(bias[:, None], dtype=mx.float32)  # [rows, 1, blocks], added to their scores
+        self.last = mx.array(np.where(last < 0, -1, known)[:, None])  # pages [rows, 1, topk]; -1: the best
+        slot, before = np.arange(topk * size), (topk - 1) * size
+        seen = (slot < np.minimum(own, topk - 1) * size) | ((slot >= before) & (slot - before <= position % size))
+        aligned = bool((position == position[0]).all()) and own[0, 0] >= topk - 1
+        self.keys = int(seen[0].sum()) if aligned else topk * size  # that a query attends to
+        self.mask = None if aligned else _summands(seen, dtype)
+
+
+def _summands(seen: np.ndarray, dtype: mx.Dtype) -> mx.array:
+    """[rows, slots] -> [rows, 1, 1, slots]: 0 or -inf. CUDA's attention would write booleans out for every head."""
+    return mx.array(np.where(seen, 0.0, -np.inf)[:, None, None], dtype=dtype)
