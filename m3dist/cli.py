@@ -48,6 +48,7 @@ from m3dist.options import (
     RANGE_SIZE,
     THINKING,
     BenchOptions,
+    ChatOptions,
     ConvertOptions,
     FetchOptions,
     GenerateOptions,
@@ -223,6 +224,36 @@ def serve(parser: argparse.ArgumentParser, args: argparse.Namespace, argv: list[
         print("m3dist serve: --api-key is seen by all who list this machine's processes; --api-key-file and "
               f"{API_KEY} are not", file=sys.stderr)  # fmt: skip
     return server.main(options, job_of(parser, args, without_value(argv, "--api-key")), keys)
+
+
+def chat(parser: argparse.ArgumentParser, args: argparse.Namespace, argv: list[str]) -> int:
+    """Chat with the server at --url; or with one of its own, started with the flags that are serve's too."""
+    flags = flags_given(args, parser, CHAT_SERVES)
+    if args.url:
+        if flags:
+            parser.error(f"argument {flags[0]}: not allowed with --url, whose server was started with its own")
+    else:
+        if args.api_key or args.api_key_file:
+            parser.error("argument --api-key: needs --url: the server that chat starts has a key of its own")
+        check_kept(parser, args, args.model or "tiny")
+        check_world(parser, args, environment.detect({}))
+        flags = [*flags_given(args, parser, ("model",)), *flags]
+    from m3dist.chat import main as chat_main
+
+    values = {f.name: getattr(args, f.name) for f in fields(ChatOptions)}
+    keys = api_keys(parser, args) if args.url else ()
+    return chat_main(ChatOptions(**values | {"api_key": keys[0] if keys else None}), flags)
+
+
+def flags_given(args: argparse.Namespace, parser: argparse.ArgumentParser, names: Sequence[str]) -> list[str]:
+    """The words of the flags among `names` (of argparse's attributes) that have another value than their default."""
+    words = []
+    for name in names:
+        value, flag = getattr(args, name), f"--{name.replace('_', '-')}"
+        if value != parser.get_default(name):
+            text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            words += [flag] if value is True else [flag, text]
+    return words
 
 
 def check_exposed(parser: argparse.ArgumentParser, options: ServeOptions, keys: Sequence[str]) -> None:
@@ -501,6 +532,7 @@ def build_parser() -> Parser:
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     add_generate(verbs.add_parser("generate", help="answer one prompt"))
     add_serve(verbs.add_parser("serve", help="answer many people, over HTTP, as OpenAI's and Anthropic's servers do"))
+    add_chat(verbs.add_parser("chat", help="talk in the terminal, to a server or to a cluster that it starts"))
     add_plan(verbs.add_parser("plan", help="what each machine would hold and read"))
     add_launch(verbs.add_parser("launch", help="run a command as ranks, on this machine or those of a hostfile"))
     add_doctor(verbs.add_parser("doctor", help="ask every host what would keep a job from running, and what to do"))
@@ -600,6 +632,37 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
     add(limits, "--drain", metavar="SECONDS", type=real("from 0 to 1e6", lambda x: 0 <= x <= 1e6), default=preset.drain,
         help="that running requests may take to finish when the server is to end")
     add_prefill_chunk(add_cut(parser, preset))
+    add_kept(parser)
+
+
+# Those of serve's flags that chat has for the server that it starts.
+CHAT_SERVES = ("context", "ranks", "hostfile", "backend", "experts", "attention", "weights", "dtype", "prefill_chunk",
+               "bits", "group_size", "mode", "fetch")  # fmt: skip
+
+
+def add_chat(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Talk to a model: at the server that --url names, or in a server that is started for this chat and ends with "
+        "it. /help shows what can be typed. Without a terminal, every line of standard input is a message."
+    )
+    parser.set_defaults(call=partial(chat, parser))
+    add(parser, "--model", metavar="NAME", type=nonempty,
+        help="as serve's; with --url, which of the server's models (default: its first)")
+
+    talk = parser.add_argument_group("conversation")
+    add(talk, "--system", metavar="TEXT", type=unicode, help="system message")
+    add(talk, "--thinking", choices=THINKING, help="whether the model reasons first (default: the server's)")
+    add(talk, "--max-tokens", metavar="N", type=whole(1), help="longest answer (default: the server's)")
+    add(talk, "--temperature", metavar="T", type=real("from 0 to 2", lambda x: 0 <= x <= 2),
+        help="0 always takes the likeliest token (default: the server's)")
+
+    server = parser.add_argument_group("a server that runs")
+    add(server, "--url", metavar="URL", type=url, help="its address, such as http://127.0.0.1:8080")
+    add_keys(server)
+
+    cut = add_cut(parser, ServeOptions())
+    add_prefill_chunk(cut)
+    add(cut, "--context", metavar="N", type=whole(1), help="tokens of the whole chat, at most")
     add_kept(parser)
 
 
@@ -975,6 +1038,13 @@ def interpreter(text: str) -> str:
     if not PYTHON.fullmatch(text):
         raise argparse.ArgumentTypeError(f"must be {PYTHONS}, not {text!r}")
     return unicode(text)
+
+
+def url(text: str) -> str:
+    """Of a server."""
+    if not re.fullmatch(r"https?://[^\s/]+\S*", text):
+        raise argparse.ArgumentTypeError(f"must be an address such as http://127.0.0.1:8080, not {text!r}")
+    return text
 
 
 def unicode(text: str) -> str:

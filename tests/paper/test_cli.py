@@ -271,7 +271,7 @@ def test_plan(called):
 GENERATE = ["generate", "--prompt", "hi"]
 REFUSED = [
     ([], "m3dist: error: the following arguments are required: VERB"),
-    (["serve"], "argument VERB: invalid choice: 'serve' (choose from"),
+    (["server"], "argument VERB: invalid choice: 'server' (choose from"),
     (["generate"], "m3dist generate: error: the following arguments are required: --prompt"),
     (["generate", "--prompt", ""], "argument --prompt: must not be empty"),
     (["generate", "--prompt", "\udcff"], "argument --prompt: must be text, in UTF-8"),
