@@ -22,7 +22,7 @@ from m3dist.fetch.command import converted_to, fetch_command
 from m3dist.fetch.hub import describe
 from m3dist.fetch.program import fetch
 from m3dist.fetch.store import Entry, candidates, check
-from m3dist.options import BenchOptions, FetchOptions, GenerateOptions
+from m3dist.options import BenchOptions, FetchOptions, GenerateOptions, ServeOptions
 from m3dist.plan import plan_world
 from m3dist.plan_report import inventory_of
 from m3dist.quantization import quantization_of
@@ -133,7 +133,9 @@ def _commit(model: str, comm: Comm, watchdog: Watchdog) -> tuple[str, str | None
     return repo, comm.object_from_rank_0(commit)
 
 
-def find_or_fetch(model: str, options: GenerateOptions | BenchOptions, comm: Comm, watchdog: Watchdog) -> Found:
+def find_or_fetch(
+    model: str, options: GenerateOptions | BenchOptions | ServeOptions, comm: Comm, watchdog: Watchdog
+) -> Found:
     """`find`, as the flags of a program ask for; with --fetch, or a yes at the terminal, what is missing is got."""
 
     def get(wanted: Wanted) -> None:

@@ -21,7 +21,7 @@ from m3dist.loader import load, load_entry
 from m3dist.model import Model
 from m3dist.options import CPU_PREFILL_CHUNK, GPU_PREFILL_CHUNK
 from m3dist.plan import Plan
-from m3dist.progress import LoadingBar, Progress
+from m3dist.progress import LoadingBar, Progress, Report
 from m3dist.watchdog import EXIT_PEER_LOST, START, Watchdog, end_process, seconds
 
 # Seconds a rank may go without finishing anything, before it ends itself: until every rank has joined; and for loading
@@ -110,13 +110,15 @@ def load_model(
     comm: Comm,
     watchdog: Watchdog,
     dtype: str | None,
-    context: int = 0,
+    context: int | Callable[[Plan], int] = 0,
+    tell: Report = lambda progress: None,
     **cut: Any,
 ) -> tuple[Model, Plan]:
     """This rank's part of the model and the plan of all, with a bar on rank 0.
 
     `found`: a checkpoint's directory, cut by `cut` (see loader.load), or this rank's entry of its store, which was cut
-    before. `dtype` None: the device's own; `context`: tokens its caches will hold.
+    before. `dtype` None: the device's own; `context`: tokens its caches will hold, or what says it once there is a
+    plan; `tell` hears of the progress.
     """
     plans = []
     with LoadingBar(f"loading {model}") if comm.rank == 0 else nullcontext() as bar:
@@ -126,11 +128,12 @@ def load_model(
             watchdog.progress(
                 "load on the other ranks" if last else f"load of {progress}", LOAD_LIMIT if last else STEP_LIMIT
             )
+            tell(progress)
             if bar:
                 bar(progress)
 
         def planned(plan: Plan) -> None:
-            keep_resident(plan, comm.rank, context)
+            keep_resident(plan, comm.rank, context(plan) if callable(context) else context)
             plans.append(plan)
 
         watchdog.progress("load of the checkpoint's headers", STEP_LIMIT)

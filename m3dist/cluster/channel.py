@@ -30,7 +30,11 @@ class Channel:
 
     def send(self, message: Mapping[str, Any]) -> None:
         """Returns when the system has taken it. Raises ChannelClosed."""
-        data = memoryview(json.dumps(message).encode() + b"\n")
+        self.send_line(json.dumps(message).encode())
+
+    def send_line(self, line: bytes) -> None:
+        """As send, of a message that is JSON already."""
+        data = memoryview(line + b"\n")
         with self._sending:
             if self._closed:  # the descriptors may be others' by now
                 raise ChannelClosed("closed here")

@@ -181,7 +181,7 @@ class Model(nn.Module):
         self.model_type = args.model_type
         self.language_model = LanguageModel(args)
         self.comm = Comm()
-        self._vocabulary = (args.vocab_size,)  # rows of the head on each rank
+        self.vocabulary = (args.vocab_size,)  # rows of the head that each rank holds
 
     # -- forward --------------------------------------------------------------------------------------------------
 
@@ -238,16 +238,16 @@ class Model(nn.Module):
         if count == 1 and trusted(token_kernels.BEST):
             packets = self.comm.all_gather(token_kernels.best(local, first, hidden, note))
             return tuple(token_kernels.pick(packets))
-        return gather_candidates(local, first, max(self._vocabulary), hidden, count, self.comm, note)
+        return gather_candidates(local, first, max(self.vocabulary), hidden, count, self.comm, note)
 
     def whole_vocabulary(self, local: mx.array) -> mx.array:
         """Every rank's local logits [..., rows held], joined: [..., vocab_size]."""
-        if len(self._vocabulary) == 1:
+        if len(self.vocabulary) == 1:
             return local
-        widest = max(self._vocabulary)
+        widest = max(self.vocabulary)
         padded = mx.pad(local, [(0, 0)] * (local.ndim - 1) + [(0, widest - local.shape[-1])])
         everyone = self.comm.all_gather(padded)
-        return mx.concatenate([everyone[rank][..., :rows] for rank, rows in enumerate(self._vocabulary)], axis=-1)
+        return mx.concatenate([everyone[rank][..., :rows] for rank, rows in enumerate(self.vocabulary)], axis=-1)
 
     def make_cache(self) -> list[LayerCache]:
         """An empty cache, one entry a layer."""
@@ -380,7 +380,7 @@ class Model(nn.Module):
         self.quantize_as(plan.inventory.quantization)
         self.update(tree_unflatten(list(arrays.items())))
         arrays.clear()  # else joining would keep what it replaces
-        self._vocabulary = tuple(b - a for a, b in (s.spans["vocabulary"] for s in plan.shares))
+        self.vocabulary = tuple(b - a for a, b in (s.spans["vocabulary"] for s in plan.shares))
         text = self.language_model.model
         text.first_row = share.spans["vocabulary"][0]
         for layer in self.layers:

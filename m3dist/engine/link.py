@@ -1,0 +1,104 @@
+"""Rank 0's end of the link to the gateway: requests come in, tokens go out; JSON objects, one a line. No MLX.
+
+    tells   hello {world, hosts, model, files}         before the model is loaded
+            loading (fraction)                         now and then
+            ready {page_size, pages, context, vocab_size, rows, weights_bytes}
+            started (id), cached (tokens)              tokens [[id, token, ...], ...]
+            ended (id), reason, message                stats {...}
+    hears   submit {request}    cancel (id)    stop
+
+One connection is one life of the ranks: when it closes, the gateway gives its requests to those that come next.
+"""
+
+import socket
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import Any
+
+from m3dist.cluster.channel import Channel, ChannelClosed, Message
+from m3dist.cluster.handshake import is_admitted
+from m3dist.errors import CommunicationError
+
+GATEWAY, SECRET = "M3DIST_GATEWAY", "M3DIST_GATEWAY_SECRET"  # where the gateway listens, and what both know
+LONGEST = 64 * 2**20  # bytes of a message: a long prompt's tokens, a tokenizer
+CONNECT = 10.0  # seconds in which a connection must be made, both ends having proved themselves
+TEXT_FILES = ("config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json", "chat_template.jinja")
+
+
+class Gateway:
+    """The gateway as rank 0 sees it. From `listen` on, what it says waits in order until somebody asks."""
+
+    def __init__(self, channel: Channel):
+        self._channel = channel
+        self._heard: SimpleQueue[Any] = SimpleQueue()
+
+    @classmethod
+    def connect(cls, environ: Mapping[str, str]) -> "Gateway":
+        """Raises CommunicationError where nobody listens, or another program than the gateway of this job."""
+        if GATEWAY not in environ:
+            raise CommunicationError(f"{GATEWAY} is not set: m3dist serve starts a gateway and sets it")
+        try:
+            return cls(dial(environ[GATEWAY], environ.get(SECRET, ""), CONNECT))
+        except (OSError, EOFError, ValueError) as error:
+            why = str(error) or "what listens there does not know this job's secret"
+            raise CommunicationError(f"no gateway at {GATEWAY}={environ[GATEWAY]}: {why}") from None
+
+    def listen(self, prepare: Callable[[Message], Any]) -> None:
+        """Have a thread hear it from now on; what `prepare`, which the thread calls, makes of a message waits."""
+        threading.Thread(target=self._listen, args=(prepare,), name="gateway", daemon=True).start()
+
+    def tell(self, message: Mapping[str, Any]) -> None:
+        """Raises CommunicationError where the gateway is gone."""
+        try:
+            self._channel.send(message)
+        except ChannelClosed as error:
+            raise CommunicationError(f"the gateway is gone: {error}") from None
+
+    def hear(self, wait: bool) -> Any:
+        """What it said next; None if that is nothing yet, unless told to `wait`. Raises CommunicationError where the
+        gateway is gone, and whatever `prepare` raised."""
+        try:
+            heard = self._heard.get(block=wait)
+        except Empty:
+            return None
+        if isinstance(heard, Exception):
+            raise heard
+        return heard
+
+    def _listen(self, prepare: Callable[[Message], Any]) -> None:
+        try:
+            while (message := self._channel.receive()) is not None:
+                self._heard.put(prepare(message))
+        except ChannelClosed as error:
+            self._heard.put(CommunicationError(f"the gateway is gone: {error}"))
+        except Exception as error:  # the main thread must end the job
+            self._heard.put(error)
+
+
+def text_files(directory: Path) -> dict[str, str]:
+    """Name -> content of what Text.load reads, as far as it is there: the gateway may run on another machine."""
+    return {name: (directory / name).read_text("utf-8") for name in TEXT_FILES if (directory / name).is_file()}
+
+
+def dial(address: str, secret: str, limit: float) -> Channel:
+    """A channel to who listens at "ip:port" (IPv6: "[ip]:port") and has proved within `limit` seconds that it knows
+    `secret`, as we have.
+
+    Raises OSError, or EOFError where another program listens there.
+    """
+    host, _, port = address.rpartition(":")
+    with socket.create_connection((host.strip("[]"), int(port)), limit) as connection:
+        if not is_admitted(connection, secret, limit):
+            raise EOFError
+        return channel_of(connection)
+
+
+def channel_of(connection: socket.socket) -> Channel:
+    """The channel over a connection, which it takes over. What is sent is small, and waited for."""
+    connection.settimeout(None)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    descriptor = connection.detach()
+    return Channel(descriptor, descriptor, LONGEST)
