@@ -6,7 +6,6 @@ library lets through of these breaks later and elsewhere: in a tokenizer, a temp
 
 import json
 import math
-import re
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, NoReturn
 
