@@ -41,9 +41,13 @@ class StopStrings:
     """Streamed text -> the text before the first stop string, see `find_first`."""
 
     def __init__(self, stop: Sequence[str]):
-        self.stopped = False  # a stop string came; the rest is ignored
+        self.found: str | None = None  # the stop string that came; the rest is ignored
         self._stop = tuple(stop)
         self._held = ""
+
+    @property
+    def stopped(self) -> bool:
+        return self.found is not None
 
     def feed(self, text: str, last: bool = False) -> str:
         """What is safe to show; a possible beginning of a stop string waits, unless no more text comes (`last`)."""
@@ -51,8 +55,8 @@ class StopStrings:
             return ""
         pending = self._held + text
         if found := find_first(pending, self._stop):
-            self.stopped = True
-            shown = found[0]
+            shown, end = found
+            self.found = pending[shown:end]
         else:
             shown = len(pending) - (0 if last else held_back(pending, self._stop))
         self._held = pending[shown:]
@@ -85,6 +89,11 @@ class Answer:
     def stopped(self) -> bool:
         """Nothing that comes can be shown any more: after a stop string, or the end of the tool calls."""
         return self._stops.stopped or (self._tools is not None and self._tools.ended) or self._called_once
+
+    @property
+    def stop_string(self) -> str | None:
+        """The stop string that ended the answer."""
+        return self._stops.found
 
     @property
     def _called_once(self) -> bool:

@@ -215,7 +215,7 @@ async def _chat_completion(answers: Answers, head: Mapping[str, Any], text: Text
     logprobs: list[list[TokenLogprob]] = [[] for _ in answers.choices]
     async for piece in answers.pieces():
         events[piece.choice.index] += piece.events
-        logprobs[piece.choice.index] += _token_logprobs(piece.token, text)
+        logprobs[piece.choice.index] += token_logprobs(piece.token, text)
     choices = [
         ChatChoice(
             index=choice.index,
@@ -248,7 +248,7 @@ def arguments(call: ToolCall) -> str:
     return json.dumps(call.arguments, ensure_ascii=False)
 
 
-def _token_logprobs(token: Token | None, text: Text) -> list[TokenLogprob]:
+def token_logprobs(token: Token | None, text: Text) -> list[TokenLogprob]:
     if token is None or token.logprob is None:
         return []
     top = [_top_logprob(text, id, logprob) for id, logprob in token.top or ()]
@@ -285,7 +285,7 @@ async def _chat_events(
         yield chunk(Piece(choice, ()), {"role": "assistant", "content": ""})
     async for piece in answers.pieces():
         deltas = [delta for event in piece.events for delta in _deltas(event)]
-        logprobs = [entry.model_dump() for entry in _token_logprobs(piece.token, text)]
+        logprobs = [entry.model_dump() for entry in token_logprobs(piece.token, text)]
         if logprobs:
             yield chunk(piece, deltas.pop(0) if deltas else {"content": ""}, {"content": logprobs})
         for delta in deltas:
