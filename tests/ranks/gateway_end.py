@@ -1,6 +1,6 @@
 """A test's end of the link between gateway and ranks, and the ranks that connect to it: real processes, no gateway.
 
-Run as a program it is one rank: `python gateway_end.py OPTIONS`, ServeOptions as JSON, under any launcher's environment.
+As a program it is one rank: `python gateway_end.py OPTIONS` (ServeOptions as JSON), under any launcher.
 """
 
 import json
@@ -82,9 +82,7 @@ class Server:
         self._logs = [folder / f"log{number}" for number in range(len(launches))]
         for log, (line, env) in zip(self._logs, launches):
             with open(log, "wb") as file:
-                self.processes.append(
-                    subprocess.Popen(line, env=env, stdout=file, stderr=file, start_new_session=True)
-                )
+                self.processes.append(subprocess.Popen(line, env=env, stdout=file, stderr=file, start_new_session=True))
 
     # -----------------------------------------------------------------------------------------------------------------
     # What the ranks say
