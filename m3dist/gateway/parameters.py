@@ -154,3 +154,28 @@ def child_of(alternatives: Iterable[Schema], name: str, index: int) -> Any:
     found = found or [item_of(plain, index) for plain in alternatives if "array" in types_of(plain)]
     found = found or [plain["additionalProperties"] for plain in alternatives if "additionalProperties" in plain]
     return found[0] if len(found) == 1 else {"anyOf": found}
+
+
+def knowing(alternatives: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
+    """Those of the alternatives that can have a child called `name`; all, if none can."""
+    open_ones = [p for p in alternatives if name in properties_of(p) or p.get("additionalProperties") is not False]
+    return open_ones or alternatives
+
+
+def choosing(parameters: Parameters, alternatives: list[dict[str, Any]], name: str, value: Any) -> list[dict[str, Any]]:
+    """Those of the alternatives in which the child called `name` can have this value, by const and enum; all, if none.
+
+    So the member that tells the alternatives of a union apart decides what the members after it are.
+    """
+
+    def allowed(plain: Schema) -> bool:
+        members = parameters.alternatives(properties_of(plain).get(name))
+        values = [allowed_values(member) for member in members]
+        return not all(values) or any(same(value, each) for listed in values for each in listed)
+
+    return [plain for plain in alternatives if allowed(plain)] or alternatives
+
+
+def same(value: Any, other: Any) -> bool:
+    """Whether two values are the same in JSON, where true is not 1."""
+    return value == other and isinstance(value, bool) == isinstance(other, bool)

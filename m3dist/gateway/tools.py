@@ -17,7 +17,7 @@ from typing import Any
 
 from m3dist.gateway.body import parse
 from m3dist.gateway.errors import BadRequest
-from m3dist.gateway.parameters import Parameters, Schema, allowed_values, child_of, spelled, types_of
+from m3dist.gateway.parameters import Parameters, Schema, allowed_values, child_of, choosing, knowing, spelled, types_of
 from m3dist.text import TOOL, held_back
 
 OPEN_BLOCK = f"{TOOL}<tool_call>"
@@ -108,9 +108,10 @@ class ToolParser:
                 self._text(TOOL)
                 at = inside
                 continue
-            end = held.find(">", inside, inside + 1 + LONGEST_TAG)
+            latest = inside + 1 + LONGEST_TAG
+            end = held.find(">", inside, latest + 1)
             if end < 0:
-                self.ended = len(held) > inside + LONGEST_TAG
+                self.ended = len(held) > latest
                 break
             at = end + 1
             self._tag(held[inside + 1 : end], calls)
@@ -130,6 +131,7 @@ class ToolParser:
             self._open_invoke(tag)
         elif (name := tag.strip()) and "<" not in name and len(self._stack) <= MOST_DEPTH:
             parent = self._stack[-1]
+            parent.alternatives = knowing(parent.alternatives, name)
             schema = child_of(parent.alternatives, name, len(parent.children))
             self._stack.append(Element(name, self._of_invoke.alternatives(schema)))
         else:
@@ -153,8 +155,10 @@ class ToolParser:
             if name != self._stack[-1].name:
                 self.ended = True
                 return
-            element = self._stack.pop()
-            self._stack[-1].children.append((name, _value(element, self._of_invoke)))
+            value, parent = _value(self._stack.pop()), self._stack[-1]
+            parent.children.append((name, value))
+            if len(parent.alternatives) > 1:
+                parent.alternatives = choosing(self._of_invoke, parent.alternatives, name, value)
         elif name == "invoke":
             element = self._stack.pop()
             calls.append(Call(element.name, _arguments(element)))
@@ -174,7 +178,7 @@ def _arguments(invoke: Element) -> dict[str, Any]:
     return _object(invoke)
 
 
-def _value(element: Element, parameters: Parameters) -> Any:
+def _value(element: Element) -> Any:
     """What a closed element stands for."""
     if not element.children:
         return _leaf("".join(element.texts), element.alternatives)
@@ -216,7 +220,8 @@ def _leaf(text: str, alternatives: list[dict[str, Any]]) -> Any:
     for name, kind in (("object", dict), ("array", list)):
         if name in types and isinstance(value := _from_json(stripped), kind):
             return value
-    if not stripped and "string" not in types and types & {"array", "object"}:
+    any_text = any("string" in types_of(plain) and not allowed_values(plain) for plain in alternatives)
+    if not stripped and not any_text and types & {"array", "object"}:
         return [] if "array" in types else {}
     return text
 
