@@ -68,9 +68,7 @@ class ScriptedRanks:
         self._channel = dial(address, secret, 5.0)
         self._rows: dict[int, Request] = {}  # requests that are computed
         self._waiting: list[Request] = []
-        self._moving = threading.Event()
-        self._moving.set()
-        self._over = False
+        self._stepping, self._moving, self._over = threading.Lock(), True, False
         hello = {"world": 2, "hosts": ["mac1", "mac2"], "model": "tiny", "files": files}
         self.say({"hello": hello})
         self.say({"loading": 0.4})
@@ -93,26 +91,26 @@ class ScriptedRanks:
         os.write(self._channel.writing, data)
 
     def stall(self) -> None:
-        """Compute nothing, and hear nothing, until `go_on`."""
-        self._moving.clear()
+        """No step from now on until `go_on`; what arrives is heard."""
+        with self._stepping:
+            self._moving = False
 
     def go_on(self) -> None:
-        self._moving.set()
+        self._moving = True
 
     def fall(self) -> None:
         """The connection is gone, in the middle of whatever it was. May be called again."""
         self._over = True
-        self._moving.set()
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
     def _live(self) -> None:
         with suppress(ChannelClosed):
             while not self._over:
-                self._moving.wait()
                 self._hear()
-                if not self._over:
-                    self._step()
+                with self._stepping:
+                    if self._moving and not self._over:
+                        self._step()
         self._channel.close()
 
     def _hear(self) -> None:

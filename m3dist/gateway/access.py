@@ -1,12 +1,8 @@
-"""Around every HTTP request: who asks, how long it may take, what is logged of it, and that it ends with its client.
-
-The log has one JSON object a line on standard error, and never a word of a prompt or an answer.
-"""
+"""Around every HTTP request: who asks, how long it may take, what is logged of it, and that it ends with its client."""
 
 import asyncio
 import json
 import secrets
-import sys
 import time
 import traceback
 from collections.abc import Mapping
@@ -15,6 +11,7 @@ from typing import Any
 
 from m3dist.gateway.errors import BadRequest, body_for
 from m3dist.gateway.limits import Bodies, Keys
+from m3dist.gateway.log import note
 from m3dist.gateway.metrics import Metrics
 from m3dist.gateway.ranks import STREAMS, Stream
 
@@ -206,10 +203,3 @@ def _is_event_stream(headers: list[tuple[bytes, bytes]]) -> bool:
 def _places(error: BaseException) -> list[str]:
     """Where it was raised; not its message, which may quote a prompt."""
     return [f"{at.filename}:{at.lineno} {at.name}" for at in traceback.extract_tb(error.__traceback__)[-5:]]
-
-
-def note(event: str, **values: Any) -> None:
-    """A line of the log."""
-    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    with suppress(OSError, ValueError):  # nobody reads it any more
-        print(json.dumps({"time": now, "event": event, **values}), file=sys.stderr, flush=True)

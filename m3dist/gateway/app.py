@@ -1,8 +1,6 @@
 """The gateway's HTTP application: the APIs' routers, errors as their clients read them, and what stands around both."""
 
-import importlib
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +9,14 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from m3dist.gateway import health, metrics
+from m3dist.gateway import anthropic_api, health, metrics, openai_api, responses_api
 from m3dist.gateway.access import Access
 from m3dist.gateway.errors import BadRequest, body_for
 from m3dist.gateway.limits import Keys
 from m3dist.gateway.ranks import Busy, Ranks, RequestFailed, Unavailable
 from m3dist.options import ServeOptions
 
-APIS = ("openai_api", "responses_api", "anthropic_api")
+ROUTERS = (health.router, metrics.router, openai_api.router, responses_api.router, anthropic_api.router)
 
 
 @dataclass(frozen=True)
@@ -42,15 +40,13 @@ class Services:
 
 
 def create_app(services: Services, *more: APIRouter) -> FastAPI:
-    """The application without what stands around it; `more` routers beside the APIs'.
+    """The application without what stands around it; with `more` routers beside the APIs'.
 
     No CORS: pages of other origins cannot read its answers.
     """
     app = FastAPI(title="m3dist", docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.services = services
-    there = [name for name in APIS if find_spec(f"m3dist.gateway.{name}")]
-    apis = [importlib.import_module(f"m3dist.gateway.{name}").router for name in there]
-    for router in (health.router, metrics.router, *apis, *more):
+    for router in (*ROUTERS, *more):
         app.include_router(router)
     for error, answer in ANSWERS.items():
         app.add_exception_handler(error, answer)
@@ -70,7 +66,12 @@ def _answer(
     request: Request, status: int, message: str, retry_after: float | None = None, **named: Any
 ) -> JSONResponse:
     headers = {} if retry_after is None else {"retry-after": str(max(1, round(retry_after)))}
-    return JSONResponse(body_for(request.url.path, status, message, **named), status, headers)
+    return JSONResponse(body_for(path_of(request), status, message, **named), status, headers)
+
+
+def path_of(request: Request) -> str:
+    """Not request.url's, which a Host that is none breaks."""
+    return request.scope["path"]
 
 
 async def _bad_request(request: Request, error: Any) -> JSONResponse:
@@ -98,7 +99,7 @@ async def _failed(request: Request, error: Any) -> JSONResponse:
 
 async def _http(request: Request, error: Any) -> JSONResponse:
     """No such path, or method."""
-    response = _answer(request, error.status_code, f"{request.method} {request.url.path}: {error.detail}")
+    response = _answer(request, error.status_code, f"{request.method} {path_of(request)}: {error.detail}")
     response.headers.update(error.headers or {})
     return response
 

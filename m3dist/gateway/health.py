@@ -13,7 +13,7 @@ async def health(request: Request) -> JSONResponse:
     """200 where requests are taken, which they are while the ranks restart too; else 503.
 
     `phase` is starting, loading, ready, restarting, failed or draining; `fraction` says how much of the weights is
-    loaded, `reason` why the ranks fell last, `restarts` how often they were started again.
+    loaded, `reason` why the ranks fell, until they are ready again, `restarts` how often they were started again.
     """
     ranks = request.app.state.services.ranks
     told = {**asdict(ranks.state), "running": ranks.running, "waiting": ranks.waiting}

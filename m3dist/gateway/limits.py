@@ -81,6 +81,7 @@ class Bodies:
             while True:
                 message = await receive()
                 if message["type"] == "http.disconnect":
+                    self.give_back(body)
                     return None
                 body += message.get("body", b"")
                 self.held += len(message.get("body", b""))

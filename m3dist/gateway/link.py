@@ -118,9 +118,13 @@ class Listener:
         if not admitted:
             connection.close()
             return
-        connection.setblocking(False)
-        _keep_alive(connection)
-        link = Link(*await asyncio.open_connection(sock=connection, limit=LONGEST))
+        try:
+            connection.setblocking(False)
+            _keep_alive(connection)
+            link = Link(*await asyncio.open_connection(sock=connection, limit=LONGEST))
+        except OSError:  # it has just gone
+            connection.close()
+            return
         try:
             await life(link)
         finally:

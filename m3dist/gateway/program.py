@@ -15,13 +15,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, fields
 from typing import Any
 
+import prometheus_client
 import uvicorn
 
 from m3dist.cluster.channel import Channel, ChannelClosed, Message
-from m3dist.gateway.access import note
 from m3dist.gateway.app import Services, create_access, create_app
 from m3dist.gateway.limits import HEADERS, IDLE_SECONDS, Keys, Protocol
 from m3dist.gateway.link import Listener, address_of
+from m3dist.gateway.log import flush, note
 from m3dist.gateway.ranks import Ranks
 from m3dist.options import ServeOptions
 
@@ -160,12 +161,14 @@ async def serve(channel: Channel, told: Message) -> int:
         print(f"m3dist: cannot listen on {where}: {error}; choose others by --host and --port", file=sys.stderr)
         return 2
     await gateway.run()
+    flush()
     return 0
 
 
 def main() -> int:
     channel = own_channel()
-    logging.disable(logging.CRITICAL)  # uvicorn's and asyncio's: access.py logs, without words of a prompt
+    logging.disable(logging.CRITICAL)  # uvicorn's and asyncio's: ours is log.py
+    prometheus_client.disable_created_metrics()
     allow_files()
     try:
         message = channel.receive()

@@ -63,7 +63,7 @@ class State:
 
     phase: str = "starting"  # starting, loading, ready, restarting, failed or draining
     fraction: float | None = None  # of the weights' bytes, while they are loaded
-    reason: str | None = None  # why the ranks fell last, or failed
+    reason: str | None = None  # why the ranks are not ready, if they were, or failed
     restarts: int = 0  # how often they were started again
 
 
@@ -315,8 +315,9 @@ class Ranks:
         except asyncio.TimeoutError:
             self._fail_all(RequestFailed("the server is ending", 503))
         if self._link:
-            self._link.send({"stop": True})
-            await self._link.flush()
+            link, self._link = self._link, None  # its end will be no fall
+            link.send({"stop": True})
+            await link.flush()
 
     def _fail_all(self, error: RequestFailed) -> None:
         for stream in list(self._unfinished.values()):

@@ -192,11 +192,11 @@ def test_the_word_of_an_end_is_lost():
     """All tokens are there: the answer is over, and nothing is asked of the next life."""
 
     async def test(cluster: Cluster) -> None:
-        life = await cluster.start(pace=0.05)
-        stream = cluster.submit([1], max_tokens=2)
-        await until(lambda: stream.request.id in {request.id for request in life.submitted})
+        life = await cluster.start()
         life.stall()
-        for token in answer_to([1], 2)[len(stream.emitted) :]:
+        stream = cluster.submit([1], max_tokens=2)
+        await until(lambda: life.submitted != [])
+        for token in answer_to([1], 2):
             life.say({"tokens": [[stream.request.id, token]]})
         await until(lambda: len(stream.emitted) == 2)
         cluster.ranks.down("rank 1 was killed")
@@ -350,10 +350,10 @@ def test_lies_end_the_life(message):
 
 def test_more_tokens_than_asked():
     async def test(cluster: Cluster) -> None:
-        life = await cluster.start(pace=0.05)
+        life = await cluster.start()
+        life.stall()
         stream = cluster.submit([1], max_tokens=3)
         await until(lambda: life.submitted != [])
-        life.stall()
         life.say({"tokens": [[stream.request.id, 7]] * 4})
         await until(lambda: cluster.ranks.state.phase == "restarting")
         assert len(await answer_of(stream)) == 3
@@ -382,7 +382,8 @@ def test_a_request_of_its_own_error():
     """As a grammar that cannot be compiled: that request fails, by the client's fault."""
 
     async def test(cluster: Cluster) -> None:
-        life = await cluster.start(pace=0.05)
+        life = await cluster.start()
+        life.stall()
         stream = cluster.submit([1])
         await until(lambda: life.submitted != [])
         life.say({"ended": stream.request.id, "reason": "error", "message": "grammar: no rule start"})
@@ -397,10 +398,10 @@ def test_impossible_tokens():
     """minus infinity, as grammars give it, becomes what OpenAI's API says."""
 
     async def test(cluster: Cluster) -> None:
-        life = await cluster.start(pace=0.05)
+        life = await cluster.start()
+        life.stall()
         stream = cluster.submit([1], max_tokens=1)
         await until(lambda: life.submitted != [])
-        life.stall()
         life.say({"tokens": [[stream.request.id, 7, -0.1, [[7, -0.1], [8, float("-inf")]]]]})
         assert (await anext(stream)).top == ((7, -0.1), (8, -9999.0))
 
