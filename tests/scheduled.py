@@ -1,6 +1,7 @@
 """A device that computes a scheduler's steps without a model, and the answers it must come to."""
 
 import hashlib
+import json
 from collections.abc import Iterable, Mapping
 
 from m3dist.engine.pages import Pages, page_keys
@@ -45,11 +46,13 @@ class Device:
         self.tables: dict[int, list[int]] = {}
         self.held: dict[int, list[int]] = {}  # row -> what its cache must hold
         self.last: dict[int, int] = {}  # row -> the token sampled last
+        self.sampled: dict[int, int] = {}  # rows that decode -> the answer's tokens so far
 
     def run(self, step: Step, known: Mapping[int, list[int]]) -> dict[int, int]:
         """The tokens sampled; `known`: of each request, prompt and answer as far as rank 0 knows."""
         for row in step.close:
             del self.tables[row], self.held[row]
+            self.sampled.pop(row, None)
         for opening in step.open:
             assert opening.row not in self.tables
             self.tables[opening.row], self.held[opening.row] = [], []
@@ -67,6 +70,7 @@ class Device:
         for row in inputs:
             self.check(row)
         self.last |= {row: self.held[row][-1] % VOCABULARY for row in step.sampled}
+        self.sampled |= {row: step.counts[row] + 1 for row in step.sampled}
         return {row: self.last[row] for row in step.sampled}
 
     def write(self, row: int, start: int, tokens: Iterable[int]) -> None:
@@ -115,7 +119,7 @@ class Simulation:
         """Plans a step and takes the one before it. False: nothing to do."""
         step = self.scheduler.plan()
         if step is not None:
-            step = self.planned(step)
+            self.planned(step)
         if self.under_way and (step is None or len(self.under_way) > 1):
             before, tokens = self.under_way.pop(0)
             self.told(self.scheduler.took(before, tokens))
@@ -124,13 +128,17 @@ class Simulation:
             return False
         return True
 
-    def planned(self, step: Step) -> Step:
+    def planned(self, step: Step) -> None:
         self.check_batch(step)
-        tokens = self.device.run(step, self.known)
-        self.under_way.append((step, tokens))
+        self.check_openings(step)
+        self.check_decode(step)
+        sent = Step.from_json(json.loads(json.dumps(step.to_json())))
+        assert sent == step
+        self.under_way.append((step, self.device.run(sent, self.known)))
         self.steps.append(step)
+        for row in step.sampled:
+            assert step.counts[row] == len(self.device.held[row]) - len(self.requests[row].prompt)
         self.check_pages()
-        return step
 
     def told(self, events: list[Event]) -> None:
         for event in events:
@@ -163,12 +171,31 @@ class Simulation:
         self.check_cache()
 
     def check_batch(self, step: Step) -> None:
-        """Padding is bounded; whoever can take a token takes one; counts are the answer's tokens before."""
+        """Padding is bounded."""
         sizes = [len(piece.tokens) for piece in step.prefill]
         padded = len(sizes) * max(sizes, default=0)
         assert padded <= (self.scheduler.busy_chunk if step.decode else self.scheduler.chunk)
         assert padded <= 2 * sum(sizes)
-        assert set(step.counts) == set(step.sampled)
+
+    def check_openings(self, step: Step) -> None:
+        """Ranks are told the tokens that penalties count."""
+        for opening in step.open:
+            request = self.requests[opening.row]
+            sampling = request.sampling
+            output = tuple(self.known[opening.row][len(request.prompt) :])
+            assert opening.sampling == sampling
+            assert opening.seen_prompt == (request.prompt if sampling.penalizes_prompt else ())
+            assert opening.seen_output == (output if sampling.penalizes_answer else ())
+            assert opening.masked == (request.grammar is not None)
+
+    def check_decode(self, step: Step) -> None:
+        """Every row that lacks tokens takes one, whatever else the step does; none takes one too many."""
+        rows = {row: count for row, count in self.device.sampled.items() if row not in step.close}
+        for row, count in rows.items():
+            request = self.requests[row]
+            most = min(request.max_tokens, self.scheduler.context - len(request.prompt))
+            assert (row in step.decode) == (count < most)
+        assert set(step.decode) <= rows.keys()
 
     def check_pages(self) -> None:
         tables = self.device.tables

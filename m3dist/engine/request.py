@@ -2,15 +2,19 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from m3dist.errors import M3Error
 from m3dist.sampling import Sampling
 
-MOST_LOGPROBS = 20  # as OpenAI's API has it
-WIDEST_PENALTY = 2.0  # of presence and frequency, as OpenAI's API has it
-LARGEST_TOP_K = 2**31  # more than any vocabulary
+# As OpenAI's API has them.
+MOST_LOGPROBS = 20
+LARGEST_PENALTY = 2.0  # for presence and for frequency
+LARGEST_BIAS = 100.0
+# Further out float32 logits would overflow.
+REPETITION_PENALTIES = (0.01, 100.0)
+LARGEST_TOP_K = 2**31 - 1  # an int32 on the device
 
 
 class RequestError(M3Error):
@@ -48,16 +52,11 @@ class Request:
         vocabulary of `vocab_size`, a prompt that leaves no room for an answer in `context` tokens, values out of range.
         """
         try:
-            request = cls(**values)
-            request = replace(
-                request,
-                prompt=tuple(request.prompt),
-                emitted=tuple(request.emitted),
-                stop_ids=tuple(request.stop_ids),
-                sampling=Sampling.from_json(values.get("sampling", {})),
-            )
+            lists = {name: tuple(values.get(name, ())) for name in ("prompt", "emitted", "stop_ids")}
+            sampling = Sampling.from_json(values.get("sampling", {}))
+            request = cls(**{**values, **lists, "sampling": sampling})
         except (TypeError, ValueError, AttributeError) as error:
-            raise RequestError(f"not a request: {error}") from error
+            raise RequestError(f"a request whose fields are not what they should be: {error}") from error
         _check(request, vocab_size, context)
         _check_sampling(request.sampling, vocab_size)
         return request
@@ -77,19 +76,23 @@ def _check(request: Request, vocab_size: int, context: int) -> None:
 
 
 def _check_sampling(sampling: Sampling, vocab_size: int) -> None:
-    s = sampling
-    _need("temperature", _number(s.temperature) and s.temperature >= 0, s.temperature)
-    _need("top_p", _number(s.top_p) and 0 < s.top_p <= 1, s.top_p)
-    _need("top_k", _whole(s.top_k) and 0 <= s.top_k < LARGEST_TOP_K, s.top_k)
-    _need("min_p", _number(s.min_p) and 0 <= s.min_p <= 1, s.min_p)
-    for name in ("presence_penalty", "frequency_penalty"):
-        penalty = getattr(s, name)
-        _need(name, _number(penalty) and abs(penalty) <= WIDEST_PENALTY, penalty)
-    _need("repetition_penalty", _number(s.repetition_penalty) and s.repetition_penalty > 0, s.repetition_penalty)
-    _need("logit_bias", all(0 <= token < vocab_size for token in s.logit_bias), "token ids outside the vocabulary")
-    _need("logit_bias", all(map(_number, s.logit_bias.values())), "values that are no finite numbers")
-    _need("seed", _whole(s.seed), s.seed)
-    _need("logprobs", s.logprobs is None or (_whole(s.logprobs) and 0 <= s.logprobs <= MOST_LOGPROBS), s.logprobs)
+    least, most = REPETITION_PENALTIES
+    good = {
+        "temperature": lambda value: _number(value) and value >= 0,
+        "top_p": lambda value: _number(value) and 0 < value <= 1,
+        "top_k": lambda value: _whole(value) and 0 <= value <= LARGEST_TOP_K,
+        "min_p": lambda value: _number(value) and 0 <= value <= 1,
+        "presence_penalty": lambda value: _number(value) and abs(value) <= LARGEST_PENALTY,
+        "frequency_penalty": lambda value: _number(value) and abs(value) <= LARGEST_PENALTY,
+        "repetition_penalty": lambda value: _number(value) and least <= value <= most,
+        "seed": _whole,
+        "logprobs": lambda value: value is None or (_whole(value) and 0 <= value <= MOST_LOGPROBS),
+    }
+    for name, is_good in good.items():
+        _need(name, is_good(getattr(sampling, name)), getattr(sampling, name))
+    for token, added in sampling.logit_bias.items():
+        _need("logit_bias", 0 <= token < vocab_size, f"token id {token} outside 0 .. {vocab_size - 1}")
+        _need("logit_bias", _number(added) and abs(added) <= LARGEST_BIAS, added)
 
 
 def _need(name: str, good: bool, found: object) -> None:
@@ -97,9 +100,9 @@ def _need(name: str, good: bool, found: object) -> None:
         raise RequestError(f"{name}: {found}")
 
 
-def _whole(value: object) -> bool:
+def _whole(value: Any) -> bool:
     return type(value) is int  # true and false are ints to isinstance
 
 
-def _number(value: object) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
+def _number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)

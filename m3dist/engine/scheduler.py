@@ -293,7 +293,7 @@ class Scheduler:
         return decode
 
     def _fill(self, batch: Batch) -> None:
-        """Puts prompts into the batch, one client's after another's. Whose does not fit comes among the first next time."""
+        """Puts prompts into the batch, one client's after another's. Whose does not fit comes early the next time."""
         if not self._admits and all(row.length >= row.goal for row in self._rows.values()):
             return  # however many wait
         names = deque(self._clients)
