@@ -3,6 +3,7 @@
 import asyncio
 import codecs
 import json
+import re
 import secrets
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -60,40 +61,64 @@ def find_model(services: Any, name: str) -> str:
 
 
 async def chat(
-    services: Any, conversation: Conversation, choosing: Choosing, max_tokens: int | None, count: int = 1
+    services: Any,
+    conversation: Conversation,
+    choosing: Choosing,
+    max_tokens: int | None,
+    count: int = 1,
+    field: str = "messages",
+    places: Sequence[str] = (),
 ) -> Wanted:
-    """`count` answers to a conversation. Raises BadRequest; and Busy or Unavailable, before any work is done for it."""
+    """`count` answers to a conversation, which the client gave as `field`; for `places` see `prompt_ids`.
+
+    Raises BadRequest; and before any work is done for it, Busy or Unavailable.
+    """
     services.ranks.check(count)
-    prompt, grammar = await asyncio.to_thread(_prepare, conversation, services.ranks.text)
-    return Wanted(_work(services, prompt, choosing, max_tokens, grammar), conversation.stop, conversation, count)
+    prompt = await prompt_ids(services, conversation, places)
+    grammar = await asyncio.to_thread(grammar_of, conversation)
+    return Wanted(_work(services, field, prompt, choosing, max_tokens, grammar), conversation.stop, conversation, count)
 
 
-def _prepare(conversation: Conversation, text: Text) -> tuple[list[int], str | None]:
-    return prompt_of(conversation, text), grammar_of(conversation)
+async def prompt_ids(services: Any, conversation: Conversation, places: Sequence[str] = ()) -> list[int]:
+    """The conversation's token ids, made beside the event loop. Raises BadRequest.
+
+    `places`: where in the client's request each message stood, if not in messages[i]: errors name it.
+    """
+    try:
+        return await asyncio.to_thread(prompt_of, conversation, services.ranks.text)
+    except BadRequest as error:
+        raise BadRequest(_place(error.message, places), _place(error.param, places), error.code, error.status) from None
+
+
+def _place(text: str | None, places: Sequence[str]) -> Any:
+    if text is None or not places:
+        return text
+    return re.sub(r"\bmessages\[(\d+)\]", lambda found: places[int(found[1])], text)
 
 
 def raw(
     services: Any, prompt: Sequence[int], choosing: Choosing, max_tokens: int, stop: tuple[str, ...], count: int
 ) -> Wanted:
     """`count` continuations of a prompt of token ids. Raises BadRequest."""
-    return Wanted(_work(services, prompt, choosing, max_tokens, None), stop, None, count)
+    return Wanted(_work(services, "prompt", prompt, choosing, max_tokens, None), stop, None, count)
 
 
 def _work(
-    services: Any, prompt: Sequence[int], choosing: Choosing, max_tokens: int | None, grammar: str | None
+    services: Any, field: str, prompt: Sequence[int], choosing: Choosing, max_tokens: int | None, grammar: str | None
 ) -> Work:
     facts = services.ranks.facts
-    _check_tokens(prompt, "prompt", facts["vocab_size"])
+    _check_tokens(prompt, field, facts["vocab_size"])
     _check_tokens(choosing.logit_bias, "logit_bias", facts["vocab_size"])
     _check_tokens(choosing.stop_ids, "stop_token_ids", facts["vocab_size"])
     room = facts["context"] - len(prompt)
     if not prompt:
-        raise BadRequest("the prompt must have at least one token", "prompt")
+        raise BadRequest(f"{field} must have at least one token", field)
     if room < 1:
         raise BadRequest(
-            f"the prompt is too long: {len(prompt)} tokens; this server's maximum context length is "
+            f"{field}: the prompt is too long: {len(prompt)} tokens; this server's maximum context length is "
             f"{facts['context']} tokens, prompt and answer together",
-            code="context_length_exceeded",
+            field,
+            "context_length_exceeded",
         )
     return Work(
         prompt=prompt,

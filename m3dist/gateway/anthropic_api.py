@@ -3,16 +3,15 @@
 Thinking is off unless it is asked for, as there: clients that did not ask read the first block as text.
 """
 
-import asyncio
 from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
 from m3dist.gateway.answer import Content, Event, Reasoning, ToolCall
-from m3dist.gateway.answering import Answers, Choosing, begin, chat, event_stream, find_model, sse, whole
+from m3dist.gateway.answering import Answers, Choosing, begin, chat, event_stream, find_model, prompt_ids, sse, whole
 from m3dist.gateway.body import JsonRoute
-from m3dist.gateway.chat import Conversation, prompt_of
+from m3dist.gateway.chat import Conversation
 from m3dist.gateway.errors import BadRequest, body_for
 from m3dist.gateway.openai_api import STREAMED, arguments, new_id
 from m3dist.gateway.schemas_anthropic import (
@@ -50,9 +49,9 @@ async def create_message(request: Request, body: MessageRequest) -> Response:
     services = request.app.state.services
     model = find_model(services, body.model)
     refuse(body, REFUSED)
-    conversation = conversation_of(body, tuple(body.stop_sequences or ()))
+    conversation, places = conversation_of(body, tuple(body.stop_sequences or ()))
     choosing = Choosing(temperature=body.temperature, top_p=body.top_p, top_k=body.top_k)
-    wanted = await chat(services, conversation, choosing, body.max_tokens)
+    wanted = await chat(services, conversation, choosing, body.max_tokens, places=places)
     answers = begin(services, request, [wanted])
     head = {"id": new_id("msg_"), "type": "message", "role": "assistant", "model": model}
     if body.stream:
@@ -66,7 +65,7 @@ async def count_tokens(request: Request, body: CountRequest) -> Response:
     find_model(services, body.model)
     refuse(body, REFUSED)
     services.ranks.check(0)
-    prompt = await asyncio.to_thread(prompt_of, conversation_of(body), services.ranks.text)
+    prompt = await prompt_ids(services, *conversation_of(body))
     return whole(TokenCount(input_tokens=len(prompt)))
 
 
@@ -74,15 +73,18 @@ async def count_tokens(request: Request, body: CountRequest) -> Response:
 # What is asked
 
 
-def conversation_of(body: CountRequest, stop: tuple[str, ...] = ()) -> Conversation:
-    """What a request asks, in the chat template's terms. Raises BadRequest."""
+def conversation_of(body: CountRequest, stop: tuple[str, ...] = ()) -> tuple[Conversation, list[str]]:
+    """What a request asks, in the chat template's terms; and where each message stood in it. Raises BadRequest."""
     if body.messages[-1].role == "assistant":
         raise BadRequest("messages: the last must be the user's; the model begins its own", "messages")
-    system = [{"role": "system", "content": _text(body.system)}] if body.system else []
-    made = [_template_messages(message, f"messages[{i}]") for i, message in enumerate(body.messages)]
+    messages = [{"role": "system", "content": _text(body.system)}] if body.system else []
+    places = ["system"] if body.system else []
+    for i, message in enumerate(body.messages):
+        messages += _template_messages(message, f"messages[{i}]")
+        places += [f"messages[{i}]"] * (len(messages) - len(places))
     choice, format = body.tool_choice, body.output_config.format if body.output_config else None
-    return Conversation(
-        messages=[*system, *(message for messages in made for message in messages)],
+    conversation = Conversation(
+        messages=messages,
         tools=[_template_tool(tool) for tool in body.tools or ()] or None,
         tool_choice=_tool_choice(body),
         parallel_tool_calls=not (choice and choice.disable_parallel_tool_use),
@@ -90,6 +92,7 @@ def conversation_of(body: CountRequest, stop: tuple[str, ...] = ()) -> Conversat
         response_format={"type": "json_schema", "schema": format.schema_} if format else None,
         stop=stop,
     )
+    return conversation, places
 
 
 def _tool_choice(body: CountRequest) -> Any:

@@ -4,6 +4,7 @@ JSON as RFC 8259 has it: no NaN or Infinity, no number beyond float64, no half o
 library lets through of these breaks later and elsewhere: in a tokenizer, a template, an answer.
 """
 
+import asyncio
 import json
 import math
 from collections.abc import Callable, Coroutine, Sequence
@@ -16,13 +17,18 @@ from fastapi.routing import APIRoute
 from m3dist.gateway.errors import BadRequest
 
 DEEPEST = 100  # arrays and objects within each other
+MOST_COMMAS = 2**21  # in a body: a second's work; a prompt that has more is longer than any context
+LARGE = 2**16  # bytes of a body that is read beside the event loop
 SHOWN = 100  # characters of a client's own names that an error repeats
 
 
 def parse(text: bytes | str) -> Any:
     """The value of a JSON text. Raises BadRequest (without a field) where it is none, or one that cannot be used."""
     try:
-        value = json.loads(text.decode() if isinstance(text, bytes) else text, parse_constant=_no_number)
+        text = text.decode() if isinstance(text, bytes) else text
+        if text.count(",") > MOST_COMMAS:
+            raise BadRequest(f"more than {MOST_COMMAS} commas")
+        value = json.loads(text, parse_constant=_no_number)
     except json.JSONDecodeError as error:
         raise BadRequest(f"not JSON: {error.msg} at character {error.pos}") from None
     except UnicodeDecodeError as error:
@@ -110,7 +116,9 @@ async def _read(request: Request) -> JsonRequest:
         raise BadRequest(f"Content-Type must be application/json, not {kind[:SHOWN]!r}", status=415)
     request = JsonRequest(request.scope, request.receive)
     try:
-        request.scope["m3dist.body"] = parse_object(await request.body())
+        body = await request.body()
+        parsed = parse_object(body) if len(body) < LARGE else await asyncio.to_thread(parse_object, body)
+        request.scope["m3dist.body"] = parsed
     except BadRequest as error:
         raise BadRequest(f"the request's body: {error.message}") from None
     return request

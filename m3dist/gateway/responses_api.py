@@ -48,8 +48,8 @@ async def create_response(request: Request, body: ResponseRequest) -> HttpRespon
     refuse(body, REFUSED)
     shows_logprobs = body.top_logprobs is not None or LOGPROBS in (body.include or ())
     choosing = choosing_of(body, body.top_logprobs or 0 if shows_logprobs else None)
-    conversation = conversation_of(body, services.options.thinking)
-    wanted = await chat(services, conversation, choosing, body.max_output_tokens)
+    conversation, places = conversation_of(body, services.options.thinking)
+    wanted = await chat(services, conversation, choosing, body.max_output_tokens, field="input", places=places)
     made = Making(body, begin(services, request, [wanted]), services.ranks.text)
     if body.stream:
         return event_stream(made.events(), made.failed)
@@ -60,32 +60,40 @@ async def create_response(request: Request, body: ResponseRequest) -> HttpRespon
 # What is asked
 
 
-def conversation_of(body: ResponseRequest, thinking: str) -> Conversation:
-    """What a request asks, in the chat template's terms. `thinking`: the mode where it does not say."""
+def conversation_of(body: ResponseRequest, thinking: str) -> tuple[Conversation, list[str]]:
+    """What a request asks, in the chat template's terms; and where each message stood in it.
+
+    `thinking`: the mode where the request does not say.
+    """
     items = [InputMessage(role="user", content=body.input)] if isinstance(body.input, str) else body.input
-    instructions = [{"role": "developer", "content": body.instructions}] if body.instructions else []
+    messages: list[dict[str, Any]] = []
+    places: list[str] = []
+    if body.instructions:
+        messages.append({"role": "developer", "content": body.instructions})
+        places.append("instructions")
+    for i, item in enumerate(items):
+        _add_item(messages, item, f"input[{i}]")
+        places += [f"input[{i}]"] * (len(messages) - len(places))
     choice = body.tool_choice
-    return Conversation(
-        messages=[*instructions, *_messages(items)],
+    conversation = Conversation(
+        messages=messages,
         tools=[_template_tool(tool) for tool in body.tools or ()] or None,
         tool_choice=(choice or "auto") if isinstance(choice, str | None) else {"name": choice.name},
         parallel_tool_calls=body.parallel_tool_calls is not False,
         thinking=thinking_of(body.reasoning.effort if body.reasoning else None, thinking),
         response_format=_response_format(body.text.format if body.text else None),
     )
+    return conversation, places
 
 
-def _messages(items: Any) -> list[dict[str, Any]]:
-    """Input items as chat templates read them: what the model said in one turn is one message."""
-    messages: list[dict[str, Any]] = []
-    for i, item in enumerate(items):
-        if isinstance(item, InputCallOutput):
-            messages.append({"role": "tool", "content": _text(item.output), "tool_call_id": item.call_id})
-        elif isinstance(item, InputMessage) and item.role != "assistant":
-            messages.append({"role": item.role, "content": _text(item.content)})
-        else:
-            _add_to_turn(messages, item, f"input[{i}]")
-    return messages
+def _add_item(messages: list[dict[str, Any]], item: Any, path: str) -> None:
+    """Add an input item to messages as chat templates read them: what the model said in one turn is one message."""
+    if isinstance(item, InputCallOutput):
+        messages.append({"role": "tool", "content": _text(item.output), "tool_call_id": item.call_id})
+    elif isinstance(item, InputMessage) and item.role != "assistant":
+        messages.append({"role": item.role, "content": _text(item.content)})
+    else:
+        _add_to_turn(messages, item, path)
 
 
 def _add_to_turn(messages: list[dict[str, Any]], item: InputMessage | InputReasoning | InputCall, path: str) -> None:

@@ -4,7 +4,18 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
 
-from m3dist.gateway.schemas_openai import INT32, Body, Count, Integer, Model, Schema, StopString, ToolName
+from m3dist.gateway.schemas_openai import (
+    INT32,
+    Body,
+    Count,
+    Integer,
+    Items,
+    Model,
+    Schema,
+    SomeItems,
+    StopStrings,
+    ToolName,
+)
 
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "container": ((None,), "m3dist runs no code"),
@@ -45,7 +56,7 @@ class ToolUseBlock(Model):
 class ToolResultBlock(Model):
     type: Literal["tool_result"]
     tool_use_id: str
-    content: str | list[TextBlock] | None = None
+    content: str | Items[TextBlock] | None = None
     is_error: bool | None = None
 
 
@@ -59,13 +70,17 @@ Block = Annotated[
     | Annotated[RedactedThinkingBlock, Tag("redacted_thinking")]
     | Annotated[ToolUseBlock, Tag("tool_use")]
     | Annotated[ToolResultBlock, Tag("tool_result")],
-    Discriminator(_kind),
+    Discriminator(
+        _kind,
+        custom_error_type="content_block",
+        custom_error_message="Input should be a block of type text, thinking, tool_use or tool_result",
+    ),
 ]
 
 
 class Message(Model):
     role: Literal["user", "assistant", "system"]
-    content: str | list[Block]
+    content: str | Items[Block]
 
 
 class Tool(Model):
@@ -110,9 +125,9 @@ class Metadata(Model):
 
 class CountRequest(Body):
     model: str
-    messages: Annotated[list[Message], Field(min_length=1)]
-    system: str | list[TextBlock] | None = None
-    tools: Annotated[list[Tool], Field(max_length=1024)] | None = None
+    messages: SomeItems[Message]
+    system: str | Items[TextBlock] | None = None
+    tools: Items[Tool] | None = None
     tool_choice: ToolChoice | NamedToolChoice | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
@@ -120,7 +135,7 @@ class CountRequest(Body):
 
 class MessageRequest(CountRequest):
     max_tokens: Count
-    stop_sequences: Annotated[list[StopString], Field(max_length=16)] | None = None
+    stop_sequences: StopStrings | None = None
     stream: bool | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None

@@ -5,13 +5,15 @@ ignored, as compatible servers do; those in REFUSED would silently get another a
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from m3dist.gateway.errors import BadRequest
 
 INT32, INT64 = 2**31, 2**63
+MOST_ITEMS = 2**14  # in lists of objects
+MOST_BIASES = 2**13
 
 
 class Model(BaseModel):
@@ -31,13 +33,28 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+def few(value: Any) -> Any:
+    """Looked at before the entries are, each of which could be an error."""
+    if isinstance(value, dict) and len(value) > MOST_BIASES:
+        raise ValueError(f"must have at most {MOST_BIASES} entries")
+    return value
+
+
 Integer = Annotated[int, BeforeValidator(_whole, json_schema_input_type=int)]
 Count = Annotated[Integer, Field(ge=1, lt=INT32)]
 ToolName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,128}$")]
 StopString = Annotated[str, Field(min_length=1, max_length=256)]
-TokenId = Annotated[Integer, Field(ge=0, lt=INT32)]
+TokenId = Annotated[int, Field(ge=0, lt=INT32)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 Schema = dict[str, Any]  # JSON Schema
+
+T = TypeVar("T")
+# Lists end at their first error: of a million wrong items, a million errors would be kept.
+Items = Annotated[list[T], Field(max_length=MOST_ITEMS, fail_fast=True)]
+SomeItems = Annotated[list[T], Field(min_length=1, max_length=MOST_ITEMS, fail_fast=True)]
+StopStrings = Annotated[list[StopString], Field(max_length=16, fail_fast=True)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -94,9 +111,9 @@ class Sampled(Body):
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    logit_bias: Annotated[dict[str, Bias], BeforeValidator(few)] | None = None
     seed: Annotated[Integer, Field(ge=-INT64, lt=INT64)] | None = None
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=64)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=64, fail_fast=True)] | None = None
     ignore_eos: bool | None = None
     stream: bool | None = None
     user: str | None = None
@@ -107,7 +124,7 @@ class Completing(Sampled):
 
     n: Annotated[Integer, Field(ge=1, le=16)] | None = None
     max_tokens: Count | None = None
-    stop: StopString | Annotated[list[StopString], Field(max_length=16)] | None = None
+    stop: StopString | StopStrings | None = None
     stream_options: StreamOptions | None = None
 
     @property
@@ -166,11 +183,11 @@ class ToolCall(Model):
 
 class ChatMessage(Model):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    content: str | Items[TextPart] | None = None
     name: str | None = None
     reasoning_content: str | None = None
     reasoning: str | None = Field(None, description="the same, by another name")
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Items[ToolCall] | None = None
     tool_call_id: str | None = None
 
     @model_validator(mode="after")
@@ -230,9 +247,9 @@ class TemplateOptions(Model):
 
 
 class ChatRequest(Completing):
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: SomeItems[ChatMessage]
     max_completion_tokens: Count | None = None
-    tools: Annotated[list[Tool], Field(max_length=1024)] | None = None
+    tools: Items[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
@@ -301,11 +318,11 @@ class ChatCompletion(Model):
 # Completions
 
 
-TokenIds = Annotated[list[TokenId], Field(min_length=1)]
+Prompts = Annotated[list[T], Field(min_length=1, max_length=128, fail_fast=True)]
 
 
 class CompletionRequest(Completing):
-    prompt: str | TokenIds | Annotated[list[str] | list[TokenIds], Field(min_length=1, max_length=128)]
+    prompt: str | TokenIds | Prompts[str] | Prompts[TokenIds]
     echo: bool | None = None
     logprobs: Annotated[Integer, Field(ge=0, le=20)] | None = None
 

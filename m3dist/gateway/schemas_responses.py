@@ -2,17 +2,20 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from m3dist.gateway.schemas_openai import (
     Count,
     Effort,
     Integer,
+    Items,
     Model,
     NamedFunction,
     Sampled,
     Schema,
+    SomeItems,
     ToolName,
+    few,
 )
 
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -41,7 +44,7 @@ class InputText(Model):
 class InputMessage(Model):
     type: Literal["message"] = "message"
     role: Literal["user", "assistant", "system", "developer"]
-    content: str | list[InputText]
+    content: str | Items[InputText]
 
 
 class InputCall(Model):
@@ -54,7 +57,7 @@ class InputCall(Model):
 class InputCallOutput(Model):
     type: Literal["function_call_output"]
     call_id: str
-    output: str | list[InputText]
+    output: str | Items[InputText]
 
 
 class ReasoningText(Model):
@@ -66,7 +69,7 @@ class InputReasoning(Model):
     """Reasoning of an earlier answer, as it was given."""
 
     type: Literal["reasoning"]
-    content: list[ReasoningText] | None = None
+    content: Items[ReasoningText] | None = None
 
 
 def _kind(item: Any) -> Any:
@@ -79,7 +82,13 @@ InputItem = Annotated[
     | Annotated[InputCall, Tag("function_call")]
     | Annotated[InputCallOutput, Tag("function_call_output")]
     | Annotated[InputReasoning, Tag("reasoning")],
-    Discriminator(_kind),
+    Discriminator(
+        _kind,
+        custom_error_type="input_item",
+        custom_error_message=(
+            "Input should be an item of type message, function_call, function_call_output or reasoning"
+        ),
+    ),
 ]
 
 
@@ -117,17 +126,17 @@ class ReasoningOptions(Model):
 
 
 class ResponseRequest(Sampled):
-    input: str | Annotated[list[InputItem], Field(min_length=1)]
+    input: str | SomeItems[InputItem]
     instructions: str | None = None
     max_output_tokens: Count | None = None
-    tools: Annotated[list[FunctionTool], Field(max_length=1024)] | None = None
+    tools: Items[FunctionTool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedFunctionTool | None = None
     parallel_tool_calls: bool | None = None
     text: TextOptions | None = None
     reasoning: ReasoningOptions | None = None
     top_logprobs: Annotated[Integer, Field(ge=0, le=20)] | None = None
-    include: list[str] | None = None
-    metadata: dict[str, str] | None = None
+    include: Items[str] | None = None
+    metadata: Annotated[dict[str, str], BeforeValidator(few)] | None = None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
