@@ -16,8 +16,9 @@ from m3dist.gateway.errors import BadRequest, body_for
 from m3dist.gateway.openai_api import STREAMED, arguments, new_id
 from m3dist.gateway.schemas_anthropic import (
     REFUSED,
+    AnthropicError,
+    AnthropicTool,
     CountRequest,
-    Error,
     Message,
     MessageAnswer,
     MessageRequest,
@@ -26,17 +27,16 @@ from m3dist.gateway.schemas_anthropic import (
     TextBlock,
     ThinkingBlock,
     TokenCount,
-    Tool,
     ToolResultBlock,
     ToolUseBlock,
 )
 from m3dist.gateway.schemas_openai import refuse
 
 ERRORS: dict[int | str, dict[str, Any]] = {
-    "4XX": {"model": Error, "description": "the request cannot be answered"},
-    500: {"model": Error, "description": "the request was taken, and failed"},
-    503: {"model": Error, "description": "no request is taken now; Retry-After says when"},
-    504: {"model": Error, "description": "the answer took longer than the server allows"},
+    "4XX": {"model": AnthropicError, "description": "the request cannot be answered"},
+    500: {"model": AnthropicError, "description": "the request was taken, and failed"},
+    503: {"model": AnthropicError, "description": "no request is taken now; Retry-After says when"},
+    504: {"model": AnthropicError, "description": "the answer took longer than the server allows"},
 }
 TOOL_CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
@@ -102,7 +102,7 @@ def _tool_choice(body: CountRequest) -> Any:
     return TOOL_CHOICES[choice.type] if choice else "auto"
 
 
-def _template_tool(tool: Tool) -> dict[str, Any]:
+def _template_tool(tool: AnthropicTool) -> dict[str, Any]:
     described = {"description": tool.description} if tool.description is not None else {}
     return {"type": "function", "function": {"name": tool.name, **described, "parameters": tool.input_schema}}
 

@@ -42,10 +42,10 @@ from m3dist.gateway.schemas_openai import (
     CompletionLogprobs,
     CompletionRequest,
     CompletionTokensDetails,
-    Error,
     FunctionAnswered,
     ModelCard,
     ModelList,
+    OpenAIError,
     PromptTokensDetails,
     ResponseFormat,
     Sampled,
@@ -58,14 +58,18 @@ from m3dist.gateway.schemas_openai import (
 )
 from m3dist.text import Text
 
+EVENTS = {"type": "string"}
 STREAMED: dict[int | str, dict[str, Any]] = {
-    200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}, "description": "with stream: events"}
+    200: {
+        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+        "description": "the answer; with stream, its events",
+    }
 }
 ERRORS: dict[int | str, dict[str, Any]] = {
-    "4XX": {"model": Error, "description": "the request cannot be answered"},
-    500: {"model": Error, "description": "the request was taken, and failed"},
-    503: {"model": Error, "description": "no request is taken now; Retry-After says when"},
-    504: {"model": Error, "description": "the answer took longer than the server allows"},
+    "4XX": {"model": OpenAIError, "description": "the request cannot be answered"},
+    500: {"model": OpenAIError, "description": "the request was taken, and failed"},
+    503: {"model": OpenAIError, "description": "no request is taken now; Retry-After says when"},
+    504: {"model": OpenAIError, "description": "the answer took longer than the server allows"},
 }
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's, of /v1/completions
 STARTED = int(time.time())

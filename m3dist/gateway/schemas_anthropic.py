@@ -6,9 +6,9 @@ from pydantic import Discriminator, Field, Tag
 
 from m3dist.gateway.schemas_openai import (
     INT32,
+    WHOLE,
     Body,
     Count,
-    Integer,
     Items,
     Model,
     Schema,
@@ -83,7 +83,7 @@ class Message(Model):
     content: str | Items[Block]
 
 
-class Tool(Model):
+class AnthropicTool(Model):
     """A tool of the client's. m3dist has none of its own."""
 
     type: Literal["custom"] | None = None
@@ -107,7 +107,7 @@ class Thinking(Model):
     """M3 has no budget: what is enabled ends where the model ends it."""
 
     type: Literal["enabled", "adaptive", "disabled"]
-    budget_tokens: Annotated[Integer, Field(ge=1, lt=INT32)] | None = None
+    budget_tokens: Annotated[int, Field(ge=1, lt=INT32), WHOLE] | None = None
 
 
 class OutputFormat(Model):
@@ -127,7 +127,7 @@ class CountRequest(Body):
     model: str
     messages: SomeItems[Message]
     system: str | Items[TextBlock] | None = None
-    tools: Items[Tool] | None = None
+    tools: Items[AnthropicTool] | None = None
     tool_choice: ToolChoice | NamedToolChoice | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
@@ -139,7 +139,7 @@ class MessageRequest(CountRequest):
     stream: bool | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[Integer, Field(ge=0, lt=INT32, description="0: off")] | None = None
+    top_k: Annotated[int, Field(ge=0, lt=INT32, description="0: off"), WHOLE] | None = None
     metadata: Metadata | None = None
 
 
@@ -155,7 +155,7 @@ class ThinkingAnswer(ThinkingBlock):
     signature: str = Field(description="always empty")
 
 
-class Usage(Model):
+class MessageUsage(Model):
     input_tokens: int = Field(description="of the prompt, those that were not in the cache")
     cache_creation_input_tokens: int = Field(description="always 0: caching needs no asking, and is not counted")
     cache_read_input_tokens: int
@@ -170,18 +170,18 @@ class MessageAnswer(Model):
     content: list[TextAnswer | ThinkingAnswer | ToolUseBlock]
     stop_reason: Literal["end_turn", "max_tokens", "stop_sequence", "tool_use"]
     stop_sequence: str | None
-    usage: Usage
+    usage: MessageUsage
 
 
 class TokenCount(Model):
     input_tokens: int
 
 
-class ErrorObject(Model):
+class AnthropicErrorObject(Model):
     type: str
     message: str
 
 
-class Error(Model):
+class AnthropicError(Model):
     type: Literal["error"]
-    error: ErrorObject
+    error: AnthropicErrorObject

@@ -40,8 +40,8 @@ def few(value: Any) -> Any:
     return value
 
 
-Integer = Annotated[int, BeforeValidator(_whole, json_schema_input_type=int)]
-Count = Annotated[Integer, Field(ge=1, lt=INT32)]
+WHOLE = BeforeValidator(_whole)
+Count = Annotated[int, Field(ge=1, lt=INT32), WHOLE]
 ToolName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,128}$")]
 StopString = Annotated[str, Field(min_length=1, max_length=256)]
 TokenId = Annotated[int, Field(ge=0, lt=INT32)]
@@ -106,13 +106,13 @@ class Sampled(Body):
     model: str
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[Integer, Field(ge=-1, lt=INT32, description="0 and -1: off")] | None = None
+    top_k: Annotated[int, Field(ge=-1, lt=INT32, description="0 and -1: off"), WHOLE] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
     logit_bias: Annotated[dict[str, Bias], BeforeValidator(few)] | None = None
-    seed: Annotated[Integer, Field(ge=-INT64, lt=INT64)] | None = None
+    seed: Annotated[int, Field(ge=-INT64, lt=INT64), WHOLE] | None = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=64, fail_fast=True)] | None = None
     ignore_eos: bool | None = None
     stream: bool | None = None
@@ -122,7 +122,7 @@ class Sampled(Body):
 class Completing(Sampled):
     """What chat completions and completions have in common."""
 
-    n: Annotated[Integer, Field(ge=1, le=16)] | None = None
+    n: Annotated[int, Field(ge=1, le=16), WHOLE] | None = None
     max_tokens: Count | None = None
     stop: StopString | StopStrings | None = None
     stream_options: StreamOptions | None = None
@@ -148,15 +148,15 @@ class Usage(Model):
     completion_tokens_details: CompletionTokensDetails
 
 
-class ErrorObject(Model):
+class OpenAIErrorObject(Model):
     message: str
     type: str
     param: str | None
     code: str | None
 
 
-class Error(Model):
-    error: ErrorObject
+class OpenAIError(Model):
+    error: OpenAIErrorObject
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -256,7 +256,7 @@ class ChatRequest(Completing):
     reasoning_effort: Effort | None = None
     chat_template_kwargs: TemplateOptions | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[Integer, Field(ge=0, le=20)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20), WHOLE] | None = None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -324,7 +324,7 @@ Prompts = Annotated[list[T], Field(min_length=1, max_length=128, fail_fast=True)
 class CompletionRequest(Completing):
     prompt: str | TokenIds | Prompts[str] | Prompts[TokenIds]
     echo: bool | None = None
-    logprobs: Annotated[Integer, Field(ge=0, le=20)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=20), WHOLE] | None = None
 
 
 class CompletionLogprobs(Model):

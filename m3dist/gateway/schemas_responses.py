@@ -5,9 +5,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from m3dist.gateway.schemas_openai import (
+    WHOLE,
     Count,
     Effort,
-    Integer,
     Items,
     Model,
     NamedFunction,
@@ -134,7 +134,7 @@ class ResponseRequest(Sampled):
     parallel_tool_calls: bool | None = None
     text: TextOptions | None = None
     reasoning: ReasoningOptions | None = None
-    top_logprobs: Annotated[Integer, Field(ge=0, le=20)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20), WHOLE] | None = None
     include: Items[str] | None = None
     metadata: Annotated[dict[str, str], BeforeValidator(few)] | None = None
 
