@@ -149,8 +149,12 @@ def command(text: str, talk: "Conversation", console: Console) -> bool:
         console.print(HELP, style="dim", markup=False)
     else:
         wanted = f"/thinking {', '.join(THINKING)}" if name == "/thinking" else "/help shows what can be typed"
-        console.print(wanted, style="red", markup=False)
+        complain(wanted)
     return True
+
+
+def complain(text: str) -> None:
+    Console(stderr=True, soft_wrap=True, highlight=False).print(text, style="red", markup=False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -191,7 +195,7 @@ def exchange(message: str, talk: Conversation, server: "Server", console: Consol
         answer.end("stopped")
     except AnswerError as error:
         answer.end()
-        Console(stderr=True).print(str(error), style="red", markup=False)
+        complain(str(error))
     if answer.content:
         talk.turns.append(answer.turn())
     else:
