@@ -12,6 +12,7 @@ from scripted_ranks import ScriptedRanks
 from m3dist.gateway.app import Services, create_access, create_app
 from m3dist.gateway.limits import HEADERS, Keys, Protocol
 from m3dist.gateway.link import Listener
+from m3dist.gateway.log import flush
 from m3dist.gateway.ranks import Ranks
 from m3dist.options import ServeOptions
 
@@ -41,6 +42,7 @@ class RunningGateway:
         self._server.should_exit = True
         self._thread.join(DEADLINE)
         assert not self._thread.is_alive()
+        flush()
 
     async def _run(self) -> None:
         self.loop = asyncio.get_running_loop()

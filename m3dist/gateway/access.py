@@ -10,7 +10,7 @@ from contextlib import suppress
 from typing import Any
 
 from m3dist.gateway.errors import BadRequest, body_for
-from m3dist.gateway.limits import Bodies, Keys
+from m3dist.gateway.limits import Bodies, Keys, names_this_machine
 from m3dist.gateway.log import note
 from m3dist.gateway.metrics import Metrics
 from m3dist.gateway.ranks import STREAMS, Stream
@@ -31,10 +31,11 @@ Send = Any
 class Access:
     """The outermost ASGI application. Sets request.state.client (for fairness) and request.state.id."""
 
-    def __init__(self, app: Any, keys: Keys, metrics: Metrics, request_limit: float):
+    def __init__(self, app: Any, keys: Keys, metrics: Metrics, request_limit: float, local: bool):
+        """`local`: only programs of this machine may ask, and no page that a browser on it shows."""
         self.open = 0  # requests that are being answered, but for those of FREE
         self._app, self._keys, self._metrics = app, keys, metrics
-        self._limit = request_limit + OVERTIME
+        self._limit, self._local = request_limit + OVERTIME, local
         self._bodies = Bodies()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -57,6 +58,10 @@ class Access:
         if name is None and exchange.scope["path"] not in FREE:
             challenge = {"www-authenticate": "Bearer"}
             await exchange.refuse(401, "a valid API key is needed: Authorization: Bearer KEY, or x-api-key", challenge)
+            return
+        if self._local and not names_this_machine(exchange.scope["headers"]):
+            told = "without API keys this server answers to localhost and to addresses only; see m3dist serve --api-key"
+            await exchange.refuse(403, told)
             return
         exchange.identify(name)
         body = None

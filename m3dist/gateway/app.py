@@ -16,6 +16,7 @@ from m3dist.gateway.limits import Keys
 from m3dist.gateway.ranks import Busy, Ranks, RequestFailed, Unavailable
 from m3dist.options import ServeOptions
 
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
 ROUTERS = (health.router, metrics.router, openai_api.router, responses_api.router, anthropic_api.router)
 
 
@@ -55,7 +56,9 @@ def create_app(services: Services, *more: APIRouter) -> FastAPI:
 
 def create_access(services: Services, app: FastAPI) -> Access:
     """The application with all that stands around it, as uvicorn runs it."""
-    return Access(app, services.keys, services.metrics, services.options.request_limit)
+    options = services.options
+    local = not services.keys and options.host in LOOPBACK
+    return Access(app, services.keys, services.metrics, options.request_limit, local)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import hmac
+import ipaddress
 import json
 import sys
 from collections.abc import Sequence
@@ -31,6 +32,10 @@ class Keys:
     def __init__(self, keys: Sequence[str] = ()):
         self._digests = [_digest(key.encode()) for key in keys]
 
+    def __bool__(self) -> bool:
+        """Whether one is needed."""
+        return bool(self._digests)
+
     def name_of(self, headers: Headers) -> str | None:
         """Which key `headers` bring ("key-1", by order), "" where none is needed; None: the client may not ask.
 
@@ -52,6 +57,21 @@ def _key_in(headers: Headers) -> bytes:
     values = dict(headers)
     scheme, _, key = values.get(b"authorization", b"").partition(b" ")
     return key.strip() if scheme.lower() == b"bearer" else values.get(b"x-api-key", b"")
+
+
+def names_this_machine(headers: Headers) -> bool:
+    """Whether the Host header is localhost or an address.
+
+    A page can have its own name resolved to 127.0.0.1, and then read our answers as its own origin's: it cannot have
+    an address.
+    """
+    host = dict(headers).get(b"host", b"").decode("latin-1")
+    name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return name.lower() == "localhost"
+    return True
 
 
 class Bodies:

@@ -276,7 +276,7 @@ class Ranks:
         del self._unfinished[id]
         limit = self._limits.pop(id)
         limit.cancel()
-        if how != "cancelled":
+        if how in ("stop", "length"):
             taken = time.monotonic() - (limit.when() - self._request_limit)
             self._seconds += (taken - self._seconds) / 8
         elif stream.handed and self._link:

@@ -13,7 +13,7 @@ from gateways import DEADLINE, RunningGateway
 from m3dist.gateway.limits import BODY, HEADERS, Keys
 
 KEYS = ("first-key", "second-key")
-HEAD = b"POST /v1/nothing HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+HEAD = b"POST /v1/nothing HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +96,36 @@ def test_no_other_origin_may_read_an_answer(gateway: RunningGateway):
     asked = {"origin": "https://elsewhere.example", "access-control-request-method": "POST"}
     for response in (httpx.options(f"{gateway.url}/health", headers=asked), httpx.get(f"{gateway.url}/health")):
         assert not [name for name in response.headers if name.startswith("access-control")]
+
+
+HOSTS = {
+    "localhost:1": 404,
+    "LOCALHOST": 404,
+    "127.0.0.1": 404,
+    "[::1]:80": 404,
+    "192.168.1.5:80": 404,
+    "page.example": 403,
+    "localhost.page.example": 403,
+    "127.0.0.1.page.example": 403,
+    "": 403,
+    "[": 403,
+    "a b": 403,
+    "\xff": 403,
+}
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_names_of_this_machine(gateway: RunningGateway, host: str):
+    """Without keys a name that a page can have resolved to us is refused; whatever the header says, it is no 5xx."""
+    response = httpx.get(f"{gateway.url}/v1/nothing", headers={"host": host.encode("latin-1")})
+    assert response.status_code == HOSTS[host]
+
+
+def test_other_names_with_a_key():
+    with RunningGateway(keys=KEYS) as gateway:
+        for host in ("mac1.example", "[", "a b", "\xff"):
+            headers = {"host": host.encode("latin-1"), "x-api-key": KEYS[0].encode()}
+            assert httpx.get(f"{gateway.url}/v1/nothing", headers=headers).status_code == 404
 
 
 # ---------------------------------------------------------------------------------------------------------------------

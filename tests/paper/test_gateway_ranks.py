@@ -481,7 +481,7 @@ def test_a_request_that_takes_too_long():
         with pytest.raises(RequestFailed, match="0.2 s") as raised:
             await answer_of(stream)
         assert raised.value.status == 504
-        await until(lambda: life.steps > 0)
+        await until(lambda: life.cancelled == [stream.request.id])
 
     run(test, request_limit=0.2)
 
