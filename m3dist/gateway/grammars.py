@@ -12,9 +12,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from llguidance import LLMatcher
-
-from m3dist.engine.grammar import LIMITS, LONGEST
+from m3dist.engine.grammar import GrammarError, check
 from m3dist.gateway.errors import BadRequest
 from m3dist.gateway.parameters import (
     TYPE_NAMES,
@@ -101,11 +99,10 @@ def tool_calls(schemas: Mapping[str, Schema], parallel: bool) -> str:
 
 def checked(lark: str, param: str) -> str:
     """`lark`, if llguidance takes it. Raises BadRequest, naming `param`, with what it says otherwise."""
-    if len(lark) > LONGEST:
-        raise BadRequest(f"{param}: a grammar of the schema would have more than {LONGEST} characters", param)
-    failed, messages = LLMatcher.validate_grammar_with_warnings(LLMatcher.grammar_from_lark(lark), limits=LIMITS)
-    if failed:
-        raise BadRequest(f"{param}: no grammar can be made of the schema: {messages[0]}", param)
+    try:
+        check(lark)
+    except GrammarError as error:
+        raise BadRequest(f"{param}: no grammar can be made of the schema: {error}", param) from None
     return lark
 
 
