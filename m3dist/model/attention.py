@@ -6,7 +6,7 @@ import mlx.nn as nn
 from m3dist.cache import LayerCache
 from m3dist.comm import Comm
 from m3dist.config import ModelConfig
-from m3dist.model.decode import attend_one, attend_pages, attend_step
+from m3dist.model.decode import attend_one, attend_pages, attend_rows, attend_step
 from m3dist.model.dense import attend_causal
 from m3dist.model.heads import HeadProjections
 from m3dist.model.layers import GemmaRMSNorm
@@ -105,7 +105,7 @@ class Attention(nn.Module):
         scale = self.config.head_dim**-0.5
         if positions.tokens == 1 and isinstance(cache, PagedCache):
             keys, values = cache.read()
-            return attend_one(q, keys, values, scale, positions.mask(keys.shape[2], q.dtype))
+            return attend_rows(q, keys, values, scale, positions.seen(keys.shape[2], q.dtype))
         if positions.aligned and positions.tokens == 1:
             return attend_one(q, cache.keys[:, :, : positions.end], cache.values[:, :, : positions.end], scale)
         return attend_causal(q, cache.keys, cache.values, positions, scale)

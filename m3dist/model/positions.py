@@ -53,11 +53,26 @@ class Positions:
             self.__dict__["_pages_step"] = PagesStep(self.starts, table, dtype, c)
         return self.__dict__["_pages_step"]
 
-    def mask(self, slots: int, dtype: mx.Dtype) -> mx.array:
-        """[rows, 1, 1, slots], to be added to the scores of rows with one token each: 0, or -inf past the token."""
-        if "_mask" not in self.__dict__:
-            self.__dict__["_mask"] = _summands(np.arange(slots) <= np.array(self.starts)[:, None], dtype)
-        return self.__dict__["_mask"]
+    def seen(self, slots: int, dtype: mx.Dtype) -> "Seen":
+        """Of `slots` keys those that rows with one token each see, up to it; layers share it."""
+        if "_seen" not in self.__dict__:
+            self.__dict__["_seen"] = Seen(np.arange(slots) <= np.array(self.starts)[:, None], dtype)
+        return self.__dict__["_seen"]
+
+
+class Seen:
+    """Which keys a query of each row sees, `seen` bool [rows, slots]: the first `keys`, but for those that `mask` hides.
+
+    `mask` is [rows, 1, 1, keys], or None where all rows see the same. Summands on a GPU: CUDA's attention would write
+    booleans out for every head.
+    """
+
+    def __init__(self, seen: np.ndarray, dtype: mx.Dtype):
+        count = int(seen[0].sum())
+        alike = seen[:, :count].all() and not seen[:, count:].any()
+        self.keys = count if alike else seen.shape[1]
+        summands = mx.array(np.where(seen, 0.0, -np.inf), dtype) if on_gpu() else mx.array(seen)
+        self.mask = None if alike else summands[:, None, None]
 
 
 class Step:
@@ -110,12 +125,5 @@ class PagesStep:
         self.bias = mx.array(bias[:, None], dtype=mx.float32)  # [rows, 1, blocks], added to their scores
         self.last = mx.array(np.where(last < 0, -1, known)[:, None])  # pages [rows, 1, topk]; -1: the best
         slot, before = np.arange(topk * size), (topk - 1) * size
-        seen = (slot < np.minimum(own, topk - 1) * size) | ((slot >= before) & (slot - before <= position % size))
-        aligned = bool((position == position[0]).all()) and own[0, 0] >= topk - 1
-        self.keys = int(seen[0].sum()) if aligned else topk * size  # that a query attends to
-        self.mask = None if aligned else _summands(seen, dtype)
-
-
-def _summands(seen: np.ndarray, dtype: mx.Dtype) -> mx.array:
-    """[rows, slots] -> [rows, 1, 1, slots]: 0 or -inf. CUDA's attention would write booleans out for every head."""
-    return mx.array(np.where(seen, 0.0, -np.inf)[:, None, None], dtype=dtype)
+        first = slot < np.minimum(own, topk - 1) * size
+        self.seen = Seen(first | ((slot >= before) & (slot - before <= position % size)), dtype)  # of the pages read

@@ -13,6 +13,8 @@ from m3dist.options import BenchOptions
 from m3dist.paged import PagePool
 from m3dist.plan import make_plan
 
+pytestmark = pytest.mark.usefixtures("library")
+
 PAGE, BUDGET = SMALL["sparse_block_size"], SMALL["sparse_block_size"] * SMALL["sparse_topk_blocks"]
 TINY = dict(
     hidden_size=64, head_dim=32, rotary_dim=16, sparse_index_dim=32, intermediate_size=96, dense_intermediate_size=96,
