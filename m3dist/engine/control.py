@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, Protocol
 
 from m3dist.cluster.channel import Channel, ChannelClosed, Message
@@ -74,22 +75,30 @@ class Workers:
 class Rank0:
     """Rank 0 as a worker sees it."""
 
-    def __init__(self, channel: Channel):
-        self._channel = channel
+    def __init__(self, channel: Channel, lost: Callable[[str], None]):
+        """`lost` is called, by a thread, where the connection ends before rank 0 has said `end`: the main thread may be
+        inside a collective that never returns."""
+        self._channel, self._lost = channel, lost
+        self._heard: SimpleQueue[Message] = SimpleQueue()
+        threading.Thread(target=self._listen, name="rank 0", daemon=True).start()
 
     def hear(self) -> Message:
-        """What rank 0 says next. Raises CommunicationError where it is gone."""
-        try:
-            message = self._channel.receive()
-        except ChannelClosed as error:
-            raise CommunicationError(f"rank 0 is gone: {error}") from None
-        assert message is not None  # it waits for ever
-        return message
+        """What rank 0 says next."""
+        return self._heard.get()
 
     def report(self, report: Message) -> None:
         """Tell rank 0 about this one."""
-        with suppress(ChannelClosed):  # `hear` says so
+        with suppress(ChannelClosed):  # the thread sees it too
             self._channel.send({"report": report})
+
+    def _listen(self) -> None:
+        try:
+            while (message := self._channel.receive()) is not None:
+                self._heard.put(message)
+                if "end" in message:
+                    return
+        except ChannelClosed as error:
+            self._lost(f"rank 0 is gone: {error}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -97,8 +106,9 @@ class Rank0:
 
 
 def meet(comm: World, launch: Launch, environ: Mapping[str, str], lost: Callable[[str], None]) -> Workers | Rank0:
-    """Connect the ranks; every rank calls it. Raises CommunicationError, on the rank that could not be reached or could
-    not reach rank 0."""
+    """Connect the ranks; every rank calls it. `lost` is called, by a thread, with what to say where one is gone later.
+
+    Raises CommunicationError, on the rank that could not be reached or could not reach rank 0."""
     hosts = comm.gather_objects(socket.gethostname())
     if comm.rank == 0:
         secret, arrived = secrets.token_hex(32), Arrivals(comm.world)
@@ -114,7 +124,7 @@ def meet(comm: World, launch: Launch, environ: Mapping[str, str], lost: Callable
         raise CommunicationError(f"rank 0: {told['error']}")
     channel = reach(told["addresses"], told["secret"])
     channel.send({"rank": comm.rank})
-    return Rank0(channel)
+    return Rank0(channel, lost)
 
 
 def own_addresses(launch: Launch, environ: Mapping[str, str], hosts: Sequence[str]) -> list[str]:

@@ -47,7 +47,7 @@ def _run(options: ServeOptions, launch: Launch, watchdog: Watchdog) -> int:
     with all_ranks(comm):
         gateway = Gateway.connect(os.environ) if comm.rank == 0 else None
     with all_ranks(comm):
-        peers = meet(comm, launch, os.environ, partial(_end, watchdog))
+        peers = meet(comm, launch, os.environ, partial(_end, comm.rank, watchdog))
     found = find_or_fetch(options.model, options, comm, watchdog)
     _say_hello(gateway, options.model, directory_of(found), comm)
     runner, budget = _load(options, found, comm, gateway, watchdog)
@@ -62,9 +62,10 @@ def _run(options: ServeOptions, launch: Launch, watchdog: Watchdog) -> int:
     return 0
 
 
-def _end(watchdog: Watchdog, why: str) -> None:
-    """A worker is gone. Whoever calls this must not hold on to the Comm: MPI ends in good order once nobody does."""
-    end_process(EXIT_PEER_LOST, f"rank 0: {why}", watchdog.abort)
+def _end(rank: int, watchdog: Watchdog, why: str) -> None:
+    """Another rank is gone. The threads that call this must not hold on to the Comm: MPI ends in good order only once
+    nobody does."""
+    end_process(EXIT_PEER_LOST, f"rank {rank}: {why}", watchdog.abort)
 
 
 def _say_hello(gateway: Gateway | None, model: str, directory: Path, comm: Comm) -> None:

@@ -19,6 +19,8 @@ from m3dist.paged import PagePool
 from m3dist.sample import Sampled, sample_batch
 from m3dist.sampling import Sampling, uniform
 
+NEVER = -9999.0  # the log probability of a token that cannot come, as OpenAI's API has it: JSON knows no infinity
+
 
 @dataclass
 class Row:
@@ -69,8 +71,11 @@ class Pending:
         columns = (x.tolist() for x in (sampled.logprobs, sampled.top_ids, sampled.top_logprobs))
         found = {}
         for row, sampling, token, logprob, ids, values in zip(self._rows, self._samplings, tokens, *columns):
-            wanted = sampling.logprobs
-            found[row] = Token(token) if wanted is None else Token(token, logprob, list(zip(ids, values))[:wanted])
+            if sampling.logprobs is None:
+                found[row] = Token(token)
+                continue
+            top = [(id, value) for id, value in zip(ids[: sampling.logprobs], values) if value > NEVER]
+            found[row] = Token(token, max(NEVER, logprob), top)
         return found
 
 

@@ -19,7 +19,7 @@ class Worker:
         self._under_way: Pending | None = None
 
     def run(self) -> None:
-        """Until rank 0 says that it is over. Raises CommunicationError where it is gone."""
+        """Until rank 0 says that it is over. Raises CommunicationError where the ranks' results differ."""
         while "end" not in (message := self._hear()):
             self.watchdog.progress(f"step {self.pace.steps}", STEP_LIMIT)
             if "measure" in message:
