@@ -115,17 +115,17 @@ class Simulation:
         if id not in self.ends:
             self.ends[id] = "cancelled"
 
-    def turn(self) -> bool:
-        """Plans a step and takes the one before it. False: nothing to do."""
+    def turn(self, ahead: int = 1) -> bool:
+        """Plans a step, and takes those before it but `ahead`. False: nothing to do."""
         step = self.scheduler.plan()
         if step is not None:
             self.planned(step)
-        if self.under_way and (step is None or len(self.under_way) > 1):
-            before, tokens = self.under_way.pop(0)
-            self.told(self.scheduler.took(before, tokens))
-        elif step is None:
+        if step is None and not self.under_way:
             self.told(self.scheduler.drain_events())
             return False
+        while len(self.under_way) > (ahead if step else 0):
+            before, tokens = self.under_way.pop(0)
+            self.told(self.scheduler.took(before, tokens))
         return True
 
     def planned(self, step: Step) -> None:
@@ -144,6 +144,7 @@ class Simulation:
         for event in events:
             assert event.id not in self.ends or self.ends[event.id] == "cancelled"
             if isinstance(event, Started):
+                assert 0 <= event.cached <= len(self.requests[event.id].prompt)
                 self.started.append(event.id)
                 self.cached.setdefault(event.id, event.cached)
             elif isinstance(event, Token):
@@ -167,7 +168,9 @@ class Simulation:
                 assert (self.answers[id], self.ends[id]) == (expected, reason)
         pages = self.scheduler.pages
         assert (pages.used, pages.available) == (0, pages.count - 1)
-        assert self.scheduler.stats()["running"] == self.scheduler.stats()["waiting"] == 0
+        assert (
+            self.scheduler.stats()["running"] == self.scheduler.stats()["waiting"] == len(self.scheduler._clients) == 0
+        )
         self.check_cache()
 
     def check_batch(self, step: Step) -> None:

@@ -321,6 +321,7 @@ class Scheduler:
             return None
         row = client.waiting[0]
         size = self.pages.page_size
+        row.keys += page_keys(row.tokens, size, row.keys)  # it may have got tokens since it was preempted
         most = (len(row.tokens) - 1) // size  # the last token is computed in any case
         shared = self.pages.find(row.keys[:most])
         if len(shared) < most and self._computed_by_another(len(shared), row.keys[len(shared)]):
@@ -390,11 +391,10 @@ class Scheduler:
             row.kept = full
 
     def _preempt(self, row: Row) -> None:
-        """The row gives its pages away, and is the first to be admitted again, if it needs any."""
+        """The row gives its pages away, to be admitted again first, if the token it awaits is not its last."""
         self._close(row)
-        if row.unfinished:
-            self._clients.setdefault(row.request.client, Client()).waiting.appendleft(row)
-            self._clients.move_to_end(row.request.client, last=False)
+        self._clients.setdefault(row.request.client, Client()).waiting.appendleft(row)
+        self._clients.move_to_end(row.request.client, last=False)
 
     def _end(self, row: Row, reason: str | None = None) -> None:
         row.ended = True
@@ -414,7 +414,7 @@ class Scheduler:
         """The row is none any more. A step under way may still write to its pages, before any later step does."""
         del self._rows[row.id]
         self.pages.release(row.table, row.keys[: row.kept])
-        row.table, row.length, row.kept = [], 0, 0
+        row.table, row.length = [], 0
         self._closed.append(row.id)
         self._stuck = False
         client = self._clients.get(row.request.client)

@@ -78,10 +78,10 @@ class Serving(RuleBasedStateMachine):
         self.simulation.submit(request)
         self.count += 1
 
-    @rule(turns=st.integers(1, 12))
-    def compute(self, turns):
+    @rule(turns=st.integers(1, 12), ahead=st.sampled_from([1, 1, 0, 2, 3]))
+    def compute(self, turns, ahead):
         for _ in range(turns):
-            self.simulation.turn()
+            self.simulation.turn(ahead)
 
     @precondition(lambda self: self.count)
     @rule(data=st.data())
@@ -110,7 +110,7 @@ def test_many_requests_and_little_memory(seed):
     context = sim.scheduler.context
     for id in range(40):
         for _ in range(chance.choice([0, 0, 1, 5])):
-            sim.turn()
+            sim.turn(ahead=chance.choice([1, 1, 3]))
         text = chance.choice([prompt(99, 50), *sim.known.values()])
         ids = (*text[: chance.randint(0, len(text))], *prompt(id, chance.randint(1, 4)))[-(context - 1) :]
         stop_ids = tuple(chance.sample(range(VOCABULARY), chance.randint(0, 1)))
@@ -199,6 +199,16 @@ def test_nobody_hears_of_a_cancelled_request():
     assert len(sim.answers[0]) == heard
     sim.cancel(0)  # long gone
     sim.cancel(17)
+
+
+def test_what_a_cancelled_prompt_had_not_reached_is_not_in_the_cache():
+    sim = simulation(chunk=16)
+    sim.submit(Request(0, "a", prompt(5, 60)))
+    sim.turn()
+    sim.cancel(0)
+    sim.submit(Request(1, "a", prompt(5, 60), max_tokens=3))
+    sim.finish()
+    assert sim.cached == {0: 0, 1: 16}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -345,13 +355,14 @@ def test_a_cancelled_large_request_keeps_nobody_waiting():
 # Memory
 
 
-def test_the_row_admitted_last_gives_its_pages_away_and_is_the_first_to_come_back():
+@pytest.mark.parametrize("client", "bc")
+def test_the_row_admitted_last_gives_its_pages_away_and_is_the_first_to_come_back(client):
     sim = simulation(count=11)
     sim.submit(asks(0, 8, max_tokens=24))
     sim.submit(asks(1, 8, client="b", max_tokens=16))
     for _ in range(3):
         sim.turn()
-    sim.submit(asks(2, 8, client="c", max_tokens=4))
+    sim.submit(asks(2, 8, client=client, max_tokens=4))
     sim.finish()
     assert sim.started == [0, 1, 1, 2]
     assert sim.cached[1] == 0
