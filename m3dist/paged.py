@@ -117,7 +117,8 @@ class PagedCache:
             layer.make(keys, index_keys)
         part = slice(self._taken, self._taken + tokens)
         self._taken += tokens
-        layer.kv[self.table.slots(heads, part)] = mx.stack([keys, values])
+        layer.kv[self.table.slots(heads, 0, part)] = keys
+        layer.kv[self.table.slots(heads, 1, part)] = values
         if index_keys is not None:
             layer.index[self.table.index_slots(part)] = index_keys[:, 0].astype(mx.float32)
             # As in LayerCache: below the block budget nothing reads the index keys, and their updates would pile up.
@@ -126,11 +127,11 @@ class PagedCache:
     @property
     def keys(self) -> mx.array:
         """[rows, kv_heads, slots, head_dim]: of all of the rows' pages, whole ones."""
-        return self._gather(self.table.blocks(self._heads)[0])
+        return self.gather(self.table.blocks(self.heads)[0])
 
     @property
     def values(self) -> mx.array:
-        return self._gather(self.table.blocks(self._heads)[1])
+        return self.gather(self.table.blocks(self.heads)[1])
 
     @property
     def index_keys(self) -> mx.array:
@@ -143,22 +144,15 @@ class PagedCache:
         """float32 [pages, page_size, index_dim]: the whole pool's."""
         return self.layer.index.reshape(-1, self.table.page_size, self.layer.index.shape[-1])
 
-    def read(self, pages: mx.array | None = None) -> mx.array:
-        """K and V, [2, rows, kv_heads, slots, head_dim], of each head's own pages, int32 [rows, kv_heads, n]; None: of
-        all of the rows' pages."""
-        if pages is None:
-            return self._gather(self.table.blocks(self._heads))
-        return self._gather(pages * (2 * self._heads) + self.table.places(self._heads))
-
-    def _gather(self, blocks: mx.array) -> mx.array:
-        """Blocks [..., n] by number -> [..., n * page_size, head_dim]."""
-        size, dim = self.table.page_size, self.layer.kv.shape[-1]
-        return self.layer.kv.reshape(-1, size, dim)[blocks].reshape(*blocks.shape[:-1], -1, dim)
-
     @property
-    def _heads(self) -> int:
+    def heads(self) -> int:
         """KV heads held."""
         return self.layer.kv.shape[0] // (self.layer.pool.pages * self.table.page_size * 2)
+
+    def gather(self, blocks: mx.array) -> mx.array:
+        """Blocks of K or V, [..., n] as Table numbers them, one after another: [..., n * page_size, head_dim]."""
+        size, dim = self.table.page_size, self.layer.kv.shape[-1]
+        return self.layer.kv.reshape(-1, size, dim)[blocks].reshape(*blocks.shape[:-1], -1, dim)
 
 
 class Table:
@@ -199,10 +193,10 @@ class Table:
         """int32 [rows, tokens]: where the index keys of these of the new tokens are to be written."""
         return self._once(("index", part.start), lambda: (self._page * self.page_size + self._slot)[:, part])
 
-    def slots(self, heads: int, part: slice) -> mx.array:
-        """int32 [2, rows, heads, tokens]: where their K and V are to be written."""
-        page, slot = self._page[:, None, part], self._slot[:, None, part]
-        return self._once((heads, part.start), lambda: (page * 2 * heads + _places(heads)) * self.page_size + slot)
+    def slots(self, heads: int, which: int, part: slice) -> mx.array:
+        """int32 [rows, heads, tokens]: where their K (`which` 0) or V (1) are to be written."""
+        page, slot, place = self._page[:, None, part], self._slot[:, None, part], _places(heads)[which]
+        return self._once((which, heads, part.start), lambda: (page * 2 * heads + place) * self.page_size + slot)
 
     def blocks(self, heads: int) -> mx.array:
         """int32 [2, rows, heads, pages]: K and V of all of the rows' pages."""

@@ -104,7 +104,7 @@ class Attention(nn.Module):
         """Causal attention over everything up to each query's own position."""
         scale = self.config.head_dim**-0.5
         if positions.tokens == 1 and isinstance(cache, PagedCache):
-            keys, values = cache.read()
+            keys, values = cache.gather(cache.table.blocks(cache.heads))
             return attend_rows(q, keys, values, scale, positions.seen(keys.shape[2], q.dtype))
         if positions.aligned and positions.tokens == 1:
             return attend_one(q, cache.keys[:, :, : positions.end], cache.values[:, :, : positions.end], scale)

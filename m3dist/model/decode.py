@@ -58,23 +58,31 @@ def attend_pages(q: mx.array, index_q: mx.array, cache: PagedCache, positions: P
 
     Index keys are read where they stand, and of K and V the chosen pages.
     """
-    step = positions.pages_step(cache.table, q.dtype, c)
-    chosen = _choose_pages(cache.index_pages, index_q, step.pages, step.bias, step.last)
-    keys, values = cache.read(chosen)
+    step, places = positions.pages_step(cache.table, q.dtype, c), cache.table.places(cache.heads)
+    keys, values = cache.gather(_choose_blocks(cache.index_pages, index_q, *step.choice, places))
     return attend_rows(q, keys, values, c.head_dim**-0.5, step.seen)
 
 
 @fused
-def _choose_pages(
-    index_pages: mx.array, index_q: mx.array, pages: mx.array, bias: mx.array, last: mx.array
+def _choose_blocks(
+    index_pages: mx.array,
+    index_q: mx.array,
+    rows: mx.array,
+    pages: mx.array,
+    bias: mx.array,
+    last: mx.array,
+    places: mx.array,
 ) -> mx.array:
-    """int32 [rows, heads, topk]: the pages to read, the query's own last. Arguments as in PagedCache and PagesStep."""
-    rows = mx.arange(pages.shape[0], dtype=mx.uint32)[:, None]
+    """int32 [2, rows, heads, topk]: the blocks of K and V to read, the query's own last.
+
+    Arguments as in PagedCache, PagesStep.choice and Table.places.
+    """
     scores = mx.gather_mm(index_q[:, :, 0], index_pages.swapaxes(-1, -2), rows, pages)
     best = scores.max(axis=-1).swapaxes(1, 2) + bias
     topk = last.shape[-1]
     order = mx.argpartition(-best, kth=max(0, topk - 2), axis=-1)[..., :topk]
-    return mx.where(last >= 0, last, mx.take_along_axis(pages[:, None], order, axis=-1))
+    found = mx.take_along_axis(pages[:, None], order, axis=-1).astype(mx.int32)
+    return mx.where(last >= 0, last, found) * places.size + places
 
 
 def attend_one(q: mx.array, keys: mx.array, values: mx.array, scale: float) -> mx.array:

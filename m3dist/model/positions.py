@@ -61,7 +61,7 @@ class Positions:
 
 
 class Seen:
-    """Which keys a query of each row sees, `seen` bool [rows, slots]: the first `keys`, but for those that `mask` hides.
+    """Which keys a query of each row sees, bool [rows, slots]: the first `keys`, but for those that `mask` hides.
 
     `mask` is [rows, 1, 1, keys], or None where all rows see the same. Summands on a GPU: CUDA's attention would write
     booleans out for every head.
@@ -121,9 +121,13 @@ class PagesStep:
         last = np.where((place < own) & (own < topk), place, -1)
         last[:, -1:] = own
         known = np.take_along_axis(numbers, np.maximum(last, 0), axis=1)
-        self.pages = mx.array(np.pad(numbers, ((0, 0), (0, number.size - numbers.shape[1]))))  # to score
-        self.bias = mx.array(bias[:, None], dtype=mx.float32)  # [rows, 1, blocks], added to their scores
-        self.last = mx.array(np.where(last < 0, -1, known)[:, None])  # pages [rows, 1, topk]; -1: the best
+        width = ((0, 0), (0, number.size - numbers.shape[1]))
+        self.choice = (  # what a choice among the pages' scores needs
+            mx.array(np.arange(len(starts), dtype=np.uint32)[:, None]),  # rows
+            mx.array(np.pad(numbers, width), dtype=mx.uint32),  # pages [rows, blocks]
+            mx.array(bias[:, None], dtype=mx.float32),  # [rows, 1, blocks], added to their scores
+            mx.array(np.where(last < 0, -1, known)[:, None], dtype=mx.int32),  # pages [rows, 1, topk]; -1: the best
+        )
         slot, before = np.arange(topk * size), (topk - 1) * size
         first = slot < np.minimum(own, topk - 1) * size
         self.seen = Seen(first | ((slot >= before) & (slot - before <= position % size)), dtype)  # of the pages read
