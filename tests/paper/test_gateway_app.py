@@ -73,13 +73,13 @@ def ask(gateway: RunningGateway, prompt: list[int], max_tokens: int = 20) -> lis
 def connect(gateway: RunningGateway, body: dict[str, Any], receive_buffer: int | None = None) -> socket.socket:
     """A connection over which `body` was posted."""
     data = json.dumps(body).encode()
-    head = f"POST /v1/test HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+    head = "POST /v1/test HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     connection = socket.socket()
     if receive_buffer:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
     connection.settimeout(DEADLINE)
     connection.connect(("127.0.0.1", gateway.port))
-    connection.sendall(head.encode() + data)
+    connection.sendall(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
     return connection
 
 
