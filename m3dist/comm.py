@@ -46,7 +46,8 @@ class Comm:
 
     def from_rank_0(self, x: mx.array) -> mx.array:
         """Rank 0's `x`, an integer array whose shape every rank knows."""
-        return self.all_sum(x if self.rank == 0 else mx.zeros_like(x))
+        # Zeros that wait for x as rank 0 does, so that the collectives x rests on come first on every rank.
+        return self.all_sum(x if self.rank == 0 else x * 0)
 
     def gather_objects(self, value: Any) -> list[Any]:
         """Every rank's `value` (anything JSON can hold), in rank order."""

@@ -8,6 +8,7 @@ import mlx.core as mx
 from m3dist.comm import Comm, agreement
 from m3dist.sampling import Sampling as Sampling
 
+UNLIKELY = -9999.0  # OpenAI's word for a log probability of almost nothing; JSON has none for minus infinity
 CHUNK = 64  # logits whose largest stands for them while the largest of all are looked for
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -84,7 +85,7 @@ class Sampled:
     """What a step gives of each row: its token, uint32 [rows], and `agree`, BatchCandidates'.
 
     Where any row asks for log probabilities: the token's, float32 [rows], and the likeliest tokens' ids and log
-    probabilities, uint32 and float32 [rows, n], likeliest first, -inf for tokens that are not allowed.
+    probabilities, uint32 and float32 [rows, n], likeliest first; UNLIKELY for tokens that are not allowed.
     """
 
     tokens: mx.array
@@ -127,9 +128,9 @@ def sample_batch(
     if not told:
         return Sampled(tokens, candidates.agree)
     most = max(1, *(sampling.logprobs or 0 for sampling in samplings))
-    logprobs = candidates.logits - candidates.normalizer[:, None]
+    logprobs = mx.maximum(candidates.logits - candidates.normalizer[:, None], UNLIKELY)
     # The token is one of the candidates; a place where a rank had none says 0 and -inf.
-    own = mx.where(candidates.ids == tokens[:, None], logprobs, -mx.inf).max(axis=1)
+    own = mx.where(candidates.ids == tokens[:, None], logprobs, UNLIKELY).max(axis=1)
     return Sampled(tokens, candidates.agree, own, candidates.ids[:, :most], logprobs[:, :most])
 
 

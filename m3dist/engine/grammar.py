@@ -37,7 +37,8 @@ class Grammars:
 
     tokenizer_json: the text of tokenizer.json. stop_ids: what may follow where a grammar can end. vocab_size: the
     model's; ids beyond the tokenizer's are never allowed, nor are special tokens other than stop_ids. Other added
-    tokens, as <mm:think>, are text: where a grammar has it, they may come whole or in pieces.
+    tokens, as <mm:think>, are text like any: they may come whole or in pieces. Where a grammar leaves no choice of
+    text, masks allow only the tokens that the tokenizer would make of it, as the model is used to.
     """
 
     def __init__(self, tokenizer_json: str, stop_ids: Collection[int], vocab_size: int):

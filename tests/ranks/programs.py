@@ -15,6 +15,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from m3dist.adjust import RowState, adjust_rows
 from m3dist.comm import Comm, connect
 from m3dist.engine.alone import Request, generate_tokens
 from m3dist.errors import M3Error
@@ -23,7 +24,8 @@ from m3dist.fetch.program import fetch
 from m3dist.loader import load
 from m3dist.model import Model, ModelArgs, cpu
 from m3dist.options import FetchOptions
-from m3dist.sample import Sampling
+from m3dist.sample import sample_batch
+from m3dist.sampling import Sampling, uniform
 from m3dist.watchdog import Watchdog
 
 
@@ -178,6 +180,32 @@ def answers(comm: Comm, directory: str, prompts: list[list[int]], stop: int, max
         for i, reply in zip(rows, replies, strict=True):
             found[i] = reply[: reply.index(stop)] if stop in reply else reply
     return [found[i] for i in range(len(prompts))]
+
+
+def sampled_steps(comm: Comm, logits: list, samplings: list[dict], prompts: list[list[int]], masks: list) -> list[dict]:
+    """Steps of sampling without a model: logits [steps, rows, vocabulary], of which rank r holds r + 1 parts of the
+    vocabulary; `masks`: each row's allowed ids, or None. What every step gives, and one more in which the last rank's
+    hidden state of row 1 is another."""
+    logits, found = np.array(logits, np.float32), []
+    rows, vocabulary = logits.shape[1:]
+    parts = np.cumsum([0, *range(1, comm.world + 1)]) * vocabulary // (comm.world * (comm.world + 1) // 2)
+    first, end = parts[comm.rank : comm.rank + 2].tolist()
+    wanted = [Sampling.from_json(values) for values in samplings]
+    states = [RowState(s, prompt, [], first, end - first) for s, prompt in zip(wanted, prompts)]
+    bits = [None if ids is None else np.isin(np.arange(-(-vocabulary // 32) * 32), ids) for ids in masks]
+    packed = [None if row is None else np.packbits(row, bitorder="little").tobytes() for row in bits]
+    hidden = mx.zeros((rows, 8))
+    for step in range(len(logits) + 1):
+        if step == len(logits) and comm.rank == comm.world - 1:
+            hidden[1, 3] = 1e-30
+        local = adjust_rows(mx.array(logits[step % len(logits), :, first:end]), states, packed)
+        uniforms = [uniform(s.seed, step) for s in wanted]
+        widest = int(np.diff(parts).max())
+        sampled = sample_batch(local, first, widest, hidden, wanted, uniforms, vocabulary, comm)
+        for state, token in zip(states, sampled.tokens):
+            state.took(token)
+        found.append({name: np.array(getattr(sampled, name)) for name in ("tokens", "agree", "logprobs", "top_ids")})
+    return found
 
 
 def batches(lengths: list[int], tokens: int) -> list[list[int]]:
