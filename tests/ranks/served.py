@@ -11,7 +11,11 @@ from typing import Any
 import httpx
 from failures import M3DIST, Trial, started
 
+from m3dist.text import Text
+from m3dist.tiny import PATH
+
 TIMEOUT = httpx.Timeout(90.0)
+NO_END = {str(token): -100 for token in Text.load(PATH).stop_ids}  # answers have the length that is asked for
 LISTENING = re.compile(r"m3dist: listening on (\S+)\n")
 
 
@@ -43,20 +47,20 @@ def serving(folder: Path, *flags: str, **options: Any) -> Iterator[Serving]:
 
 
 class Client(threading.Thread):
-    """Reads a greedy completion of exactly `tokens` tokens as a stream; leaves after `leave_after` events."""
+    """Reads a completion of exactly `tokens` tokens as a stream; leaves after `leave_after` events. `choosing`: how
+    its tokens are chosen."""
 
-    def __init__(self, url: str, prompt: str, tokens: int, leave_after: int | None = None):
+    def __init__(self, url: str, prompt: str, tokens: int, leave_after: int | None = None, **choosing: float):
         super().__init__(daemon=True)
-        self.body = {"model": "tiny", "prompt": prompt, "temperature": 0, "max_tokens": tokens, "ignore_eos": True}
-        self.url, self.leave_after = url, leave_after
-        self.text, self.events, self.reason, self.error = "", 0, None, None
+        self.body = {"model": "tiny", "prompt": prompt, "max_tokens": tokens, "logit_bias": NO_END, **choosing}
+        self.body |= {"stream": True, "stream_options": {"include_usage": True}}
+        self.url, self.leave_after, self.tokens = url, leave_after, tokens
+        self.text, self.events, self.reason, self.error, self.usage = "", 0, None, None, {}
         self.start()
 
     def run(self) -> None:
         try:
-            with httpx.stream(
-                "POST", f"{self.url}/v1/completions", json=self.body | {"stream": True}, timeout=TIMEOUT
-            ) as answer:
+            with httpx.stream("POST", f"{self.url}/v1/completions", json=self.body, timeout=TIMEOUT) as answer:
                 for line in answer.iter_lines():
                     if self.events == self.leave_after:
                         return
@@ -72,6 +76,7 @@ class Client(threading.Thread):
         if "error" in event:
             self.error = event["error"]["message"]
             return
+        self.usage = event.get("usage") or self.usage
         for choice in event["choices"]:
             self.text += choice["text"]
             self.reason = choice["finish_reason"] or self.reason
@@ -83,5 +88,5 @@ def answers(clients: list[Client]) -> list[str]:
         client.join(TIMEOUT.read)
         assert not client.is_alive(), f"no end after {client.events} events"
         assert client.error is None, client.error
-        assert client.reason == "length", client.reason
+        assert (client.reason, client.usage["completion_tokens"]) == ("length", client.tokens)
     return [client.text for client in clients]

@@ -171,7 +171,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(server):
 
 def test_a_signal_lets_running_answers_finish(tmp_path):
     with serving(tmp_path) as server:
-        clients = [Client(server.url, f"Count to {n}.", 60) for n in range(4)]
+        clients = [Client(server.url, f"Count to {n}.", 150, temperature=0) for n in range(4)]
         server.wait_for(lambda: all(client.events for client in clients))
         server.process.send_signal(signal.SIGTERM)
         server.wait_until("draining")
@@ -190,7 +190,7 @@ def test_a_gateway_that_is_killed_and_a_second_signal(tmp_path):
         server.wait_for(lambda: gateways(server) and gateways(server)[0].pid != gateway.pid)
         server.wait_for(lambda: "ready again" in server.said())
         assert server.health()["phase"] == "ready" and server.said().count("gateway was killed by SIGKILL") >= 1
-        client = Client(url, "Count.", 4000)
+        client = Client(url, "Count.", 4000, temperature=0)
         server.wait_for(lambda: client.events)
         server.process.send_signal(signal.SIGINT)
         server.wait_until("draining")
@@ -247,7 +247,7 @@ def test_mpirun_starts_a_server_too(tmp_path):
     server.command = [*command, *M3DIST, "serve", "--port", "0"]
     with started(server):
         server.wait_until("ready")
-        assert answers([Client(server.url, "Count.", 8)])
+        assert answers([Client(server.url, "Count.", 8, temperature=0)])
         server.process.terminate()
         assert server.process.wait(20) != 0
         check_nothing_is_left(server)
