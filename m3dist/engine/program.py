@@ -30,6 +30,7 @@ from m3dist.text import Text
 from m3dist.watchdog import EXIT_PEER_LOST, Watchdog, end_process
 
 BUSY_PARTS = 4  # beside running streams a step takes in a chunk's fourth part: they wait so much less between tokens
+KEPT = ACTIVATIONS // 2  # bytes of freed memory that MLX keeps: prompts of all lengths leave buffers of all sizes
 PART = 0.8  # of a machine's memory, on others than Macs
 WARM_UP_TOKENS = 4  # that a row of the warm-up takes in
 TOLD = 0.01  # of the bytes to load: how often the gateway hears of it
@@ -43,6 +44,7 @@ def main(options: ServeOptions, launch: Launch) -> int:
 
 def _run(options: ServeOptions, launch: Launch, watchdog: Watchdog) -> int:
     comm = join(launch, options.model, watchdog)
+    mx.set_cache_limit(KEPT)
     watchdog.progress("connecting", START_LIMIT)
     with all_ranks(comm):
         gateway = Gateway.connect(os.environ) if comm.rank == 0 else None
