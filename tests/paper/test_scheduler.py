@@ -377,6 +377,18 @@ def test_a_row_that_comes_back_finds_what_is_left_of_its_pages():
     assert sim.scheduler.stats()["prefix"]["hits"] > 0
 
 
+def test_a_row_that_gave_its_pages_away_comes_back_once_its_token_is_known():
+    sim = simulation(count=11)
+    sim.submit(asks(0, 8, max_tokens=24))
+    sim.submit(asks(1, 8, client="b", max_tokens=16))
+    while not any(1 in step.close for step in sim.steps):
+        sim.turn(ahead=2)
+    sim.cancel(0)
+    assert sim.scheduler.plan() is None  # there is room, but what the row goes on from is under way
+    sim.finish()
+    assert sim.started == [0, 1, 1]
+
+
 def test_a_request_is_admitted_only_with_a_page_to_spare_for_each_row():
     sim = simulation(count=9)
     sim.submit(asks(0, 8, max_tokens=8))
