@@ -8,9 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from failures import Trial, started
 
 from m3dist import tiny
+from m3dist.cluster.agent import END_GRACE
 from m3dist.cluster.hostfile import read_hostfile
+from m3dist.options import ServeOptions
+from m3dist.serve import STOP_LIMIT
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "launch"
@@ -38,7 +42,8 @@ def run_recipe(recipe: str, **env: str) -> subprocess.CompletedProcess:
 
 def test_there_is_a_recipe_for_each_launcher():
     recipes = {path.name for path in LAUNCH.iterdir()}
-    assert recipes == {"dist.m3dist.serve.plist", "local.sh", "m3dist-launch.sh", "mlx-launch.sh", "mpirun.sh"}
+    programs = {"local.sh", "m3dist-launch.sh", "mlx-launch.sh", "mpirun.sh"}
+    assert recipes == programs | {"serve.sh", "dist.m3dist.serve.plist"}
 
 
 @pytest.mark.parametrize("recipe", sorted(LAUNCH.glob("*.sh")), ids=lambda path: path.name)
@@ -91,6 +96,19 @@ def test_mpirun_reads_hostfiles_as_we_do(tmp_path, hosts):
     assert done.stdout.split() == ["here"] * read_hostfile(str(path)).world, done.stderr
 
 
+def test_serve(tmp_path):
+    check_server(tmp_path, LAUNCH / "serve.sh")
+
+
+def check_server(folder: Path, *command: str | Path) -> None:
+    """It serves, and ends well when it is told to."""
+    trial = Trial(folder, [*map(str, command), "--port", "0"], PATH=f"{BIN}{os.pathsep}{os.environ['PATH']}")
+    with started(trial) as server:
+        server.wait_for(lambda: "m3dist: ready: http://127.0.0.1:" in server.said())
+        server.process.terminate()
+        assert server.process.wait(30) == 0, server.said()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # launchd's
 
@@ -132,9 +150,12 @@ def test_the_daemon_starts_at_boot_and_again_after_a_failure(daemon):
     assert daemon["KeepAlive"] == {"SuccessfulExit": False}
 
 
-def test_what_the_daemon_runs(daemon):
+def test_what_the_daemon_runs(daemon, tmp_path):
     """Its own command, with this checkout in the place of /Users/me/m3dist."""
     command = [word.replace("/Users/me/m3dist/.venv/bin", str(BIN)) for word in daemon["ProgramArguments"]]
-    done = run(*(word.replace("/Users/me/m3dist", str(ROOT)) for word in command), "--dtype", "float32")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.endswith(f"[rank 0] {tiny.DEMO_ANSWER}\n")
+    check_server(tmp_path, *(word.replace("/Users/me/m3dist", str(ROOT)) for word in command))
+
+
+def test_the_daemon_has_time_to_finish(daemon):
+    """launchd's SIGKILL comes after all that the server may take, with its defaults."""
+    assert daemon["ExitTimeOut"] > ServeOptions().drain + STOP_LIMIT + 2 * END_GRACE
