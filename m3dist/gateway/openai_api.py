@@ -148,19 +148,7 @@ def template_tool(tool: Tool) -> dict[str, Any]:
 
 def _tool_choice(body: ChatRequest) -> Any:
     choice = body.tool_choice
-    names = {tool.function.name for tool in body.tools or ()}
-    if not isinstance(choice, str | None):
-        check_tool_named(choice.function.name, names, "tool_choice.function.name")
-        return {"name": choice.function.name}
-    if choice == "required" and not names:
-        raise BadRequest("tool_choice is required, but there are no tools", "tool_choice")
-    return choice or "auto"
-
-
-def check_tool_named(name: str, names: set[str], path: str) -> None:
-    """Raises BadRequest for a tool choice that is none of the tools."""
-    if name not in names:
-        raise BadRequest(f"{path}: {name!r} is none of the tools", path)
+    return (choice or "auto") if isinstance(choice, str | None) else {"name": choice.function.name}
 
 
 def _thinking(body: ChatRequest, default: str) -> str:

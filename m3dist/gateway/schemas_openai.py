@@ -318,11 +318,12 @@ class ChatCompletion(Model):
 # Completions
 
 
+PromptText = Annotated[str, Field(min_length=1)]
 Prompts = Annotated[list[T], Field(min_length=1, max_length=128, fail_fast=True)]
 
 
 class CompletionRequest(Completing):
-    prompt: str | TokenIds | Prompts[str] | Prompts[TokenIds]
+    prompt: PromptText | TokenIds | Prompts[PromptText] | Prompts[TokenIds]
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=20), WHOLE] | None = None
 
