@@ -10,6 +10,7 @@ pages, and a larger pool begins with what the smaller one held.
 """
 
 from collections.abc import Callable, Sequence
+from copy import copy
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -183,6 +184,12 @@ class Table:
         self._page = np.where(number < np.array(real)[:, None], page, 0)  # of each new token: [rows, tokens]
         self._slot = position % page_size
         self._made: dict[object, mx.array] = {}
+
+    def of(self, rows: Sequence[int], pages: int) -> "Table":
+        """Some of the rows by themselves, to be read from."""
+        part = copy(self)
+        part.numbers, part._made = self.numbers[list(rows), :pages], {}
+        return part
 
     @property
     def pages(self) -> mx.array:

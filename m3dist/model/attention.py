@@ -10,7 +10,7 @@ from m3dist.model.decode import attend_one, attend_pages, attend_rows, attend_st
 from m3dist.model.dense import attend_causal
 from m3dist.model.heads import HeadProjections
 from m3dist.model.layers import GemmaRMSNorm
-from m3dist.model.positions import Positions
+from m3dist.model.positions import Part, Positions
 from m3dist.model.products import multiply
 from m3dist.model.sparse import attend_sparse
 from m3dist.paged import PagedCache
@@ -87,11 +87,33 @@ class Attention(nn.Module):
         """Take the tokens into the cache and attend: [rows, heads, tokens, head_dim]."""
         self.remember(heads, cache)
         q = heads["q"] if self._fill is None else heads["q"][:, self._fill]
-        if self.is_sparse and positions.end > self.config.sparse_topk_blocks * self.config.sparse_block_size:
-            out = self._sparse(q, heads["index_q"], positions, cache)
-        else:
-            out = self._dense(q, positions, cache)
+        out = self._attend(q, heads.get("index_q"), positions, cache)
         return out if self._keep is None else out[:, self._keep]
+
+    def _attend(
+        self, q: mx.array, index_q: mx.array | None, positions: Positions, cache: LayerCache | PagedCache
+    ) -> mx.array:
+        c = self.config
+        sparse = self.is_sparse and positions.end > c.sparse_topk_blocks * c.sparse_block_size
+        if isinstance(cache, PagedCache):
+            if sparse and positions.tokens == 1 and c.sparse_local_block:
+                return attend_pages(q, index_q, cache, positions, c)
+            if parts := positions.parts(cache.table):
+                return self._apart(q, index_q, parts, cache)
+        return self._sparse(q, index_q, positions, cache) if sparse else self._dense(q, positions, cache)
+
+    def _apart(self, q: mx.array, index_q: mx.array | None, parts: list[Part], cache: PagedCache) -> mx.array:
+        """Rows of like lengths together: no part reads as far as another's longest row."""
+        out = [
+            self._attend(
+                q[part.rows],
+                None if index_q is None else index_q[part.rows],
+                part.positions,
+                PagedCache(cache.layer, part.table),
+            )
+            for part in parts
+        ]
+        return mx.concatenate(out)[mx.argsort(mx.concatenate([part.rows for part in parts]))]
 
     def merge(self, out: mx.array) -> mx.array:
         """What `attend` gave -> [rows, tokens, hidden], of all ranks' heads."""
@@ -112,8 +134,6 @@ class Attention(nn.Module):
 
     def _sparse(self, q: mx.array, index_q: mx.array, positions: Positions, cache: LayerCache | PagedCache) -> mx.array:
         c, (rows, _, tokens, dim) = self.config, q.shape
-        if tokens == 1 and c.sparse_local_block and isinstance(cache, PagedCache):
-            return attend_pages(q, index_q, cache, positions, c)
         if tokens == 1 and positions.aligned and c.sparse_local_block:
             step = positions.step(cache.capacity, c)
             return attend_step(q, cache.keys, cache.values, index_q, cache.index_keys, step, c)

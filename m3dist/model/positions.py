@@ -11,6 +11,7 @@ from m3dist.config import ModelConfig
 from m3dist.model.fusion import on_gpu
 from m3dist.paged import Table
 
+WASTED = 8192  # slots that rows of unequal length may have read in vain, before they are read apart
 READ_AHEAD = 2048  # index keys are read in whole multiples of so many slots: one shape serves many steps
 
 
@@ -53,11 +54,39 @@ class Positions:
             self.__dict__["_pages_step"] = PagesStep(self.starts, table, dtype, c)
         return self.__dict__["_pages_step"]
 
+    def parts(self, table: Table) -> list["Part"]:
+        """Rows of like lengths together, where one read for all, padded to the longest, would waste much; else none."""
+        if "_parts" not in self.__dict__:
+            ends = [start + self.tokens for start in self.starts]
+            wasteful = self.end * len(ends) - sum(ends) > WASTED
+            parts = _alike(ends) if wasteful else []
+            self.__dict__["_parts"] = [Part(self, rows, table) for rows in parts] if len(parts) > 1 else []
+        return self.__dict__["_parts"]
+
     def seen(self, slots: int, dtype: mx.Dtype) -> "Seen":
         """Of `slots` keys those that rows with one token each see, up to it; layers share it."""
         if "_seen" not in self.__dict__:
             self.__dict__["_seen"] = Seen(np.arange(slots) <= np.array(self.starts)[:, None], dtype)
         return self.__dict__["_seen"]
+
+
+class Part:
+    """Some rows of a call by themselves: which, their positions and their table."""
+
+    def __init__(self, positions: Positions, rows: list[int], table: Table):
+        self.rows = mx.array(rows)
+        self.positions = Positions(tuple(positions.starts[row] for row in rows), positions.tokens)
+        self.table = table.of(rows, -(-self.positions.end // table.page_size))
+
+
+def _alike(ends: Sequence[int]) -> list[list[int]]:
+    """The numbers of rows, longest first; another part begins where one is less than half as long as a part's first."""
+    parts: list[list[int]] = []
+    for row in sorted(range(len(ends)), key=lambda row: -ends[row]):
+        if not parts or 2 * ends[row] < ends[parts[-1][0]]:
+            parts.append([])
+        parts[-1].append(row)
+    return parts
 
 
 class Seen:

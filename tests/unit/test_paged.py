@@ -8,12 +8,10 @@ from small_random import SMALL, build, plan_of
 
 from m3dist.bench.subject import random_inventory
 from m3dist.comm import Comm
-from m3dist.model import Model
+from m3dist.model import Model, cpu, positions
 from m3dist.options import BenchOptions
 from m3dist.paged import PagePool
 from m3dist.plan import make_plan
-
-pytestmark = pytest.mark.usefixtures("library")
 
 PAGE, BUDGET = SMALL["sparse_block_size"], SMALL["sparse_block_size"] * SMALL["sparse_topk_blocks"]
 TINY = dict(
@@ -74,8 +72,8 @@ class Rows:
 LENGTHS = [
     [5],
     [BUDGET - 2],
-    [3 * BUDGET],
-    [7, 30, 1],
+    [3 * BUDGET - 2],
+    [7, PAGE * 2 - 2, 1],
     [BUDGET - 3, BUDGET - 2],
     [2 * BUDGET, 3, BUDGET - 1, BUDGET - PAGE, 5 * BUDGET + 7],
     [2 * BUDGET + 3] * 3,
@@ -83,13 +81,23 @@ LENGTHS = [
 ]
 
 
+@pytest.mark.usefixtures("library")
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 def test_same_numbers_as_in_a_cache_of_its_own(lengths):
     """A prompt, then single tokens across the ends of pages, and for some rows across the budget."""
     rows = Rows(MODEL, lengths)
     rows.step(lengths)
-    for _ in range(PAGE + 3):
+    for _ in range(4):
         rows.step()
+
+
+def test_as_on_a_gpu(monkeypatch):
+    """Masks to be added, and scores of more pages than there are: shapes stay as they are for many steps."""
+    monkeypatch.setattr(positions, "on_gpu", lambda: True)
+    monkeypatch.setattr(cpu, "usable", lambda *arrays: False)
+    rows = Rows(MODEL, lengths := [2 * BUDGET + 5, 3, BUDGET - 1])
+    rows.step(lengths)
+    rows.step()
 
 
 CHANGES = {
@@ -102,6 +110,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.usefixtures("library")
 @pytest.mark.parametrize("name", CHANGES)
 def test_other_models(name):
     rows = Rows(model_of(**CHANGES[name]), lengths := [2 * BUDGET, 3, BUDGET - 1])
@@ -116,6 +125,20 @@ def test_a_rank_with_uneven_groups(rank):
     rows = Rows(model_of(rank, world=3), lengths := [2 * BUDGET, 3, BUDGET - 1])
     rows.step(lengths)
     rows.step()
+
+
+@pytest.mark.usefixtures("library")
+@pytest.mark.parametrize("changes", [{}, dict(sparse_local_block=0)], ids=str)
+def test_rows_of_very_unequal_length_are_read_apart(changes, monkeypatch):
+    """By prompts and by single tokens; among them parts below and beyond the budget."""
+    monkeypatch.setattr(positions, "WASTED", 40)
+    rows = Rows(model_of(**changes), [9, 5 * BUDGET, 1, 3 * BUDGET, BUDGET - 1, 12])
+    rows.step([8, 5 * BUDGET - 20, 1, 3 * BUDGET, 20, 12])
+    table = rows.pool.view(rows.tables, rows.lengths, 1)[0].table
+    assert len(positions.Positions(tuple(rows.lengths), 1).parts(table)) > 2
+    rows.step([1, 20, 0, 5, BUDGET - 21, 0])
+    for _ in range(3):
+        rows.step()
 
 
 def test_shared_pages():
