@@ -17,6 +17,7 @@ from m3dist.engine.pace import Pace
 from m3dist.engine.request import Request, RequestError
 from m3dist.engine.runner import Pending, Runner, Token
 from m3dist.engine.scheduler import Ended, Event, Scheduler, Started, Step
+from m3dist.model.fusion import on_gpu
 from m3dist.rank import STEP_LIMIT
 from m3dist.watchdog import Watchdog
 
@@ -94,8 +95,7 @@ class Leader:
                 self._idle = True
             if self.pace.due:
                 self._report()
-        if self._under_way:
-            self._finish()
+        self._finish()
         self.workers.end()
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -155,8 +155,7 @@ class Leader:
         self.gateway.tell({"stats": self.scheduler.stats() | {"ranks": self.workers.reports}})
 
     def _measure(self) -> None:
-        if self._under_way:
-            self._finish()
+        self._finish()
         self.watchdog.progress("measuring a sum", STEP_LIMIT)
         self.workers.tell({"measure": True})
         self.pace.sum_seconds, self._measured = self.runner.time_sum(), time.monotonic()
@@ -168,24 +167,23 @@ class Leader:
         """Start `step`, and read the one before it: as late as can be, but for what this one has to wait for."""
         self.watchdog.progress(f"step {self.pace.steps}", STEP_LIMIT)
         self.workers.tell({"step": step.to_json()})
-        if step.prefill and self._under_way:
-            self._finish()  # a prefill is waited for: no token shall be
+        if step.prefill or not on_gpu():
+            self._finish()  # else its tokens would come late: a prefill is waited for, and on the CPU all that starts
         forward = self.runner.forward(step)
         masks = {}
         if self.runner.waits_for_masks(step):
-            if self._under_way:
-                self._finish()
+            self._finish()
             masks = {row: self._matchers[row].mask() for row in step.sampled if row in self._matchers}
             self.workers.tell({"masks": {row: base64.b64encode(mask).decode() for row, mask in masks.items()}})
         pending = self.runner.sample(forward, masks)
-        if self._under_way:
-            self._finish()
+        self._finish()
         self._under_way = step, pending
 
     def _finish(self) -> None:
-        """Read the tokens of the step that is under way."""
-        step, pending = self._under_way
-        self._under_way = None
+        """Read the tokens of the step that is under way, if one is."""
+        if self._under_way is None:
+            return
+        (step, pending), self._under_way = self._under_way, None
         tokens = pending.read()
         self.pace.step()
         self._tell(self.scheduler.took(step, {row: token.id for row, token in tokens.items()}), tokens)
