@@ -31,12 +31,12 @@ PATIENCE = 60.0  # seconds for anything that is no failure, on a busy machine
 
 @dataclass
 class Answer:
-    """What the ranks said about one request. `seen`: the length of `times` in all answers when a token came."""
+    """What the ranks said about one request. `started`: how often they did."""
 
     tokens: list[int] = field(default_factory=list)
     logprobs: list[tuple[float, list]] = field(default_factory=list)
     cached: int | None = None
-    started: int = 0  # how often
+    started: int = 0
     reason: str | None = None
     message: str | None = None
 
