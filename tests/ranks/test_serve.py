@@ -157,7 +157,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(server):
         terminal.wait_for("stopped")
         rank.resume()
         terminal.type(f"{DEMO_PROMPT}\n")
-        assert DEMO_ANSWER in terminal.wait_for("tokens/s")
+        assert DEMO_ANSWER in terminal.wait_for("tokens/s.*\n.*> ")
         terminal.type("\x04")
         assert terminal.process.wait(20) == 0
     finally:

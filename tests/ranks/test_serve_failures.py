@@ -13,6 +13,7 @@ import pytest
 from served import TIMEOUT, Client, Serving, answers, serving
 
 KILLS = int(os.environ.get("M3DIST_KILLS", "2"))
+TOKENS = 16 * (KILLS + 1)  # of an answer
 SUBJECTS = "cats dogs trees rivers clouds stones fish birds maps clocks boats lamps roads songs doors seeds".split()
 PROMPTS = [f"Tell me about {subject}, at length." for subject in SUBJECTS]
 STEP_LIMIT = "4"  # seconds in which a stopped rank must be noticed
@@ -30,37 +31,42 @@ def progress(clients: list[Client]) -> int:
     return sum(client.events for client in clients)
 
 
-@pytest.mark.parametrize("world", WORLDS)
-def test_streams_outlive_the_ranks(tmp_path, world):
+@pytest.fixture(scope="module", params=WORLDS)
+def server(request, tmp_path_factory):
+    folder, backend = tmp_path_factory.mktemp("server"), "ring" if request.param == 2 else "mpi"
+    with serving(folder, world=request.param, backend=backend, M3DIST_STEP_LIMIT=STEP_LIMIT) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def undisturbed(server):
+    """The answers when nothing happens."""
+    return answers(ask(server, TOKENS))
+
+
+def test_clients_that_leave_disturb_nobody(server, undisturbed):
+    """Before the first token and in mid-stream; the others' texts stay, and nothing goes on being computed."""
+    leavers = [*ask(server, 2000, 4, leave_after=0), *ask(server, 2000, 4, leave_after=5)]
+    assert answers(ask(server, TOKENS)) == undisturbed
+    for client in leavers:
+        client.join(TIMEOUT.read)
+    server.wait_for(lambda: (health := server.health())["running"] == health["waiting"] == 0)
+    assert server.health()["restarts"] == 0
+
+
+def test_streams_outlive_the_ranks(server, undisturbed):
     """By SIGKILL and SIGSTOP in turn, a rank at random, each time after all streams have moved on."""
-    tokens, chance = 20 * (KILLS + 1), random.Random(6)
-    backend = "ring" if world == 2 else "mpi"
-    with serving(tmp_path, world=world, backend=backend, M3DIST_STEP_LIMIT=STEP_LIMIT) as server:
-        undisturbed = answers(ask(server, tokens))
-        clients = ask(server, tokens)
-        for kill in range(KILLS):
-            reached = progress(clients) + len(clients) * chance.randrange(5, 15)
-            server.wait_for(lambda reached=reached: progress(clients) >= reached)
-            rank, fault = chance.choice(server.ranks()), (signal.SIGKILL, signal.SIGSTOP)[kill % 2]
-            server.send(fault, rank)
-            server.wait_for(lambda: server.health()["phase"] != "ready")
-        assert all(client.is_alive() for client in clients)  # none had ended before the last fall
-        assert answers(clients) == undisturbed
-        health = server.health()
-        assert (health["phase"], health["restarts"]) == ("ready", KILLS)
-        assert server.process.poll() is None
-
-
-def test_clients_that_leave_disturb_nobody(tmp_path):
-    """Half of them leave in mid-stream; the others' texts stay, and nothing goes on being computed."""
-    with serving(tmp_path) as server:
-        undisturbed = answers(ask(server, 30))
-        leavers = [*ask(server, 2000, 4, leave_after=0), *ask(server, 2000, 4, leave_after=5)]
-        assert answers(ask(server, 30)) == undisturbed
-        for client in leavers:
-            client.join(TIMEOUT.read)
-        server.wait_for(lambda: (health := server.health())["running"] == health["waiting"] == 0)
-        assert server.health()["restarts"] == 0
+    clients, chance = ask(server, TOKENS), random.Random(6)
+    for kill in range(KILLS):
+        reached = progress(clients) + len(clients) * chance.randrange(5, 15)
+        server.wait_for(lambda reached=reached: progress(clients) >= reached)
+        rank, fault = chance.choice(server.ranks()), (signal.SIGKILL, signal.SIGSTOP)[kill % 2]
+        server.send(fault, rank)
+        server.wait_for(lambda: server.health()["phase"] != "ready")
+    assert all(client.is_alive() for client in clients)  # none had ended before the last fall
+    assert answers(clients) == undisturbed
+    health = server.health()
+    assert (health["phase"], health["restarts"]) == ("ready", KILLS)
 
 
 def test_a_cluster_that_stays_down_says_why(tmp_path):
