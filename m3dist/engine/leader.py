@@ -6,7 +6,8 @@ anything else while there is something to compute; with nothing to compute it wa
 
 import base64
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from m3dist.cluster.channel import Message
@@ -132,20 +133,29 @@ class Leader:
 
     def _tell(self, events: list[Event], tokens: Mapping[int, Token]) -> None:
         """What happened: all tokens of a step in one message."""
-        given = []
+        taken = [event for event in events if not isinstance(event, Started | Ended)]
         for event in events:
             if isinstance(event, Started):
                 self.gateway.tell({"started": event.id, "cached": event.cached})
-            elif not isinstance(event, Ended):
-                given.append(_as_json(event.id, tokens[event.id]))
-                if event.id in self._matchers:
-                    self._matchers[event.id].took(event.token)
-        if given:
-            self.gateway.tell({"tokens": given})
+        if taken:
+            self.gateway.tell({"tokens": [_as_json(event.id, tokens[event.id]) for event in taken]})
         for event in events:
             if isinstance(event, Ended):
                 self._matchers.pop(event.id, None)
                 self.gateway.tell({"ended": event.id, "reason": event.reason})
+        for event in taken:
+            with self._refusing(event.id):
+                if event.id in self._matchers:
+                    self._matchers[event.id].took(event.token)
+
+    @contextmanager
+    def _refusing(self, id: int) -> Iterator[None]:
+        """Where its grammar cannot be followed any further, the request ends, and no other."""
+        try:
+            yield
+        except GrammarError as error:
+            self._act(Cancelled(id))
+            self._act(Refused(id, str(error)))
 
     def _report(self) -> None:
         """About a second's work."""
@@ -173,11 +183,20 @@ class Leader:
         masks = {}
         if self.runner.waits_for_masks(step):
             self._finish()
-            masks = {row: self._matchers[row].mask() for row in step.sampled if row in self._matchers}
+            masks = self._masks(step)
             self.workers.tell({"masks": {row: base64.b64encode(mask).decode() for row, mask in masks.items()}})
         pending = self.runner.sample(forward, masks)
         self._finish()
         self._under_way = step, pending
+
+    def _masks(self, step: Step) -> dict[int, bytes]:
+        """Of the rows that have a grammar: the tokens that it allows next."""
+        masks = {}
+        for row in step.sampled:
+            with self._refusing(row):
+                if row in self._matchers:
+                    masks[row] = self._matchers[row].mask()
+        return masks
 
     def _finish(self) -> None:
         """Read the tokens of the step that is under way, if one is."""
