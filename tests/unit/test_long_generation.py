@@ -17,8 +17,8 @@ import pytest
 from small_random import build, plan_of
 
 import m3dist.model
-from m3dist import engine
 from m3dist.comm import Comm
+from m3dist.engine import alone
 from m3dist.engine.alone import Request, generate_tokens
 from m3dist.model import Model, fusion
 from m3dist.sample import Sampling
@@ -133,7 +133,7 @@ def traces(monkeypatch):
 
 def test_nothing_is_traced_twice(traces, monkeypatch):
     """Beyond the block budget, with a cache that grows twice."""
-    monkeypatch.setattr(engine, "RESERVED", 1)
+    monkeypatch.setattr(alone, "RESERVED", 1)
     model = tiny()
     cache, compiled = model.make_cache(), model.language_model.model.compiled
     capacities = set()
