@@ -69,7 +69,7 @@ def checkpoint(directory: Path) -> None:
 
 
 def ours(model: Path, ranks: int, port: int, backend: str) -> list[str]:
-    flags = ["--model", str(model), "-n", str(ranks), "--backend", backend, "--port", str(port)]
+    flags = ["--model", str(model), "--name", str(model), "-n", str(ranks), "--backend", backend, "--port", str(port)]
     return [sys.executable, "-m", "m3dist", "serve", *flags]
 
 
@@ -208,7 +208,7 @@ def main() -> None:
     parser.add_argument("--clients", type=lambda text: [int(n) for n in text.split(",")], default=[1, 4, 16, 32])
     parser.add_argument("--requests", type=int, default=3, help="of each client")
     parser.add_argument("--words", type=int, default=40, help="of a prompt")
-    parser.add_argument("--turn-words", type=int, default=900, help="of the first turn, some 2,000 tokens")
+    parser.add_argument("--turn-words", type=int, default=1430, help="of the first turn, some 2,000 tokens")
     parser.add_argument("--tokens", type=int, default=64, help="of an answer")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()

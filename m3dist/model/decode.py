@@ -12,6 +12,9 @@ from m3dist.model.fusion import fused, on_gpu
 from m3dist.model.positions import Positions, Seen, Step
 from m3dist.paged import PagedCache
 
+# Of so few products of query and key numbers MLX's attention on the CPU takes less than a wait for what it needs.
+FEW = 1 << 18
+
 
 def attend_step(
     q: mx.array, keys: mx.array, values: mx.array, index_q: mx.array, index_k: mx.array, step: Step, c: ModelConfig
@@ -100,8 +103,10 @@ def attend_rows(q: mx.array, keys: mx.array, values: mx.array, scale: float, see
     On the CPU at once, and not lazily, where numpy can: with many heads it takes a tenth of MLX's time.
     """
     keys, values = keys[:, :, : seen.keys], values[:, :, : seen.keys]
-    if cpu.usable(q, keys, values):
+    if cpu.usable(q, keys, values) and q.size * keys.shape[2] > FEW:
         grouped = q.reshape(*keys.shape[:2], -1, 1, q.shape[-1])
         which = mx.array([True]) if seen.mask is None else seen.mask[:, None]
         return cpu.attend(grouped, keys, values, scale, which).reshape(q.shape)
+    if seen.mask is None:
+        return attend_one(q, keys, values, scale)
     return mx.fast.scaled_dot_product_attention(q, keys, values, scale=scale, mask=seen.mask)

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from m3dist.model import cpu
+from m3dist.model import cpu, decode
 
 
 @pytest.fixture(scope="module", params=["numpy", "MLX"])
@@ -13,4 +13,5 @@ def library(request) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as monkeypatch:
         if request.param == "MLX":
             monkeypatch.setattr(cpu, "usable", lambda *arrays: False)
+        monkeypatch.setattr(decode, "FEW", 0)
         yield
