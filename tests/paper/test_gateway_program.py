@@ -1,5 +1,6 @@
 """The gateway's process: what goes through its standard input and output, and how it ends."""
 
+import asyncio
 import json
 import signal
 import socket
@@ -15,6 +16,7 @@ import pytest
 from scripted_ranks import FILES, ScriptedRanks, answer_to
 
 from m3dist.cluster.channel import Channel, ChannelClosed
+from m3dist.gateway.program import listen
 from m3dist.gateway.ranks import load_text
 
 SECRET = "s" * 64
@@ -203,3 +205,18 @@ def test_what_it_prints(started: list[Process]):
     assert [(line["status"], line["client"]) for line in access] == [(401, "127.0.0.1"), (200, "key-1@127.0.0.1")]
     assert [line["phase"] for line in lines if line["event"] == "ranks"] == ["loading", "ready", "draining"]
     assert "secret" not in printed
+
+
+def test_connections_send_small_pieces_at_once():
+    async def find() -> int:
+        accepted: asyncio.Queue[asyncio.StreamWriter] = asyncio.Queue()
+        with listen("127.0.0.1", 0) as http:
+            server = await asyncio.start_server(lambda _, writer: accepted.put(writer), sock=http)
+            with socket.create_connection(http.getsockname()):
+                writer = await asyncio.wait_for(accepted.get(), DEADLINE)
+                delay = writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+                writer.close()
+            server.close()
+        return delay
+
+    assert asyncio.run(find()) != 0
