@@ -135,17 +135,18 @@ class SwitchMLP(nn.Module):
         hidden = swiglu_oai(self.gate_up_proj(x, experts, is_sorted), self.alpha, self.limit)
         return self.down_proj(hidden, experts, is_sorted)
 
-    def held(self, x: mx.array, experts: mx.array, first: int) -> mx.array:
+    def held(self, x: mx.array, experts: mx.array, first: int, decoding: bool) -> mx.array:
         """As __call__ where this rank holds only the experts from `first` on: other ranks' pairs give zero.
 
         A batch computes its own pairs alone, which needs their number on the host; below that a wasted product on one
-        expert is cheaper than waiting for it.
+        expert is cheaper than waiting for it. So it is for the tokens of a decode step, however many: the step is one
+        compiled graph, in which nothing can be waited for.
         """
         tokens, k = experts.shape
         count = self.gate_up_proj.weight.shape[0]
         local = experts.astype(mx.int32) - first
         mine = (local >= 0) & (local < count)
-        if tokens * k < SORT_FROM:
+        if decoding or tokens * k < SORT_FROM:
             return mx.where(mine[..., None], self(x, mx.where(mine, local, 0).astype(mx.uint32)), 0)
         order = mx.argsort(mx.where(mine, local, count).reshape(-1))
         order = order[: int(mine.sum().item())]
@@ -190,12 +191,13 @@ class SparseMoeBlock(nn.Module):
         self.comm = Comm()
 
     def __call__(self, x: mx.array) -> mx.array:
+        """x [rows, tokens, hidden], of a decode step with one token a row -> as x."""
         flat = x.reshape(-1, x.shape[-1])
         experts, scores = self.route(flat)
         if self.switch_mlp.gate_up_proj.weight.shape[0] == self.num_experts:
             routed = self.switch_mlp(flat, experts)
         else:
-            routed = self.switch_mlp.held(flat, experts, self.first_expert)
+            routed = self.switch_mlp.held(flat, experts, self.first_expert, decoding=x.shape[1] == 1)
         run = kernels.combine if trusted(self._combining(x.dtype)) else combine
         y = run(routed, scores, self.shared_experts(flat), self.scale)
         return self.comm.all_sum(y.reshape(x.shape))
