@@ -187,7 +187,7 @@ class Simulation:
             sampling = request.sampling
             output = tuple(self.known[opening.row][len(request.prompt) :])
             assert opening.sampling == sampling
-            assert opening.seen_prompt == (request.prompt if sampling.penalizes_prompt else ())
+            assert opening.seen_prompt == (tuple(sorted(set(request.prompt))) if sampling.penalizes_prompt else ())
             assert opening.seen_output == (output if sampling.penalizes_answer else ())
             assert opening.masked == (request.grammar is not None)
 

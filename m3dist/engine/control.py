@@ -26,6 +26,7 @@ from m3dist.engine.link import channel_of, dial
 from m3dist.errors import CommunicationError
 
 CONNECT = 10.0  # seconds in which all workers must have connected
+LONGEST = 256 * 2**20  # bytes of a message: the masks of 4096 rows, the most there can be, are 140 MB
 ANY_PORT = 9  # of no meaning: nothing is sent to find a route
 
 
@@ -206,7 +207,7 @@ class Arrivals:
         with connection, suppress(OSError, ChannelClosed):
             if not admits(connection, secret, CONNECT):
                 return
-            channel = channel_of(connection)
+            channel = channel_of(connection, LONGEST)
             if (message := channel.receive(CONNECT)) is None:
                 return
             with self._changed:
@@ -219,7 +220,7 @@ def reach(addresses: Sequence[str], secret: str) -> Channel:
     reasons = []
     for address in addresses:
         try:
-            return dial(address, secret, CONNECT / len(addresses))
+            return dial(address, secret, CONNECT / len(addresses), LONGEST)
         except (OSError, EOFError) as error:
             reasons.append(f"{address}: {error or 'another program listens there'}")
     raise CommunicationError(f"{socket.gethostname()} cannot reach rank 0: {'; '.join(reasons)}")

@@ -10,6 +10,7 @@
 One connection is one life of the ranks: when it closes, the gateway gives its requests to those that come next.
 """
 
+import json
 import socket
 import threading
 from collections.abc import Callable, Mapping
@@ -50,9 +51,12 @@ class Gateway:
         threading.Thread(target=self._listen, args=(prepare,), name="gateway", daemon=True).start()
 
     def tell(self, message: Mapping[str, Any]) -> None:
-        """Raises CommunicationError where the gateway is gone."""
+        """Raises CommunicationError where the gateway is gone, or would not read so long a message."""
+        line = json.dumps(message).encode()
+        if len(line) >= LONGEST:
+            raise CommunicationError(f"{_in_words(message)} has {len(line)} bytes; the gateway reads {LONGEST - 1}")
         try:
-            self._channel.send(message)
+            self._channel.send_line(line)
         except ChannelClosed as error:
             raise CommunicationError(f"the gateway is gone: {error}") from None
 
@@ -77,14 +81,22 @@ class Gateway:
             self._heard.put(error)
 
 
+def _in_words(message: Mapping[str, Any]) -> str:
+    """What there is too much of: of a hello, which has files, the longest."""
+    [(kind, content), *_] = message.items()
+    if kind != "hello":
+        return f"the message {kind!r}"
+    return f"hello, the most of it {max(content['files'], key=lambda name: len(content['files'][name]))},"
+
+
 def text_files(directory: Path) -> dict[str, str]:
     """Name -> content of what Text.load reads, as far as it is there: the gateway may run on another machine."""
     return {name: (directory / name).read_text("utf-8") for name in TEXT_FILES if (directory / name).is_file()}
 
 
-def dial(address: str, secret: str, limit: float) -> Channel:
-    """A channel to who listens at "ip:port" (IPv6: "[ip]:port") and has proved within `limit` seconds that it knows
-    `secret`, as we have.
+def dial(address: str, secret: str, limit: float, longest: int = LONGEST) -> Channel:
+    """A channel, for messages of `longest` bytes, to who listens at "ip:port" (IPv6: "[ip]:port") and has proved within
+    `limit` seconds that it knows `secret`, as we have.
 
     Raises OSError, or EOFError where another program listens there.
     """
@@ -92,13 +104,13 @@ def dial(address: str, secret: str, limit: float) -> Channel:
     with socket.create_connection((host.strip("[]"), int(port)), limit) as connection:
         if not is_admitted(connection, secret, limit):
             raise EOFError
-        return channel_of(connection)
+        return channel_of(connection, longest)
 
 
-def channel_of(connection: socket.socket) -> Channel:
+def channel_of(connection: socket.socket, longest: int = LONGEST) -> Channel:
     """The channel over a connection, which it takes over. What is sent is small, and waited for."""
     connection.settimeout(None)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     descriptor = connection.detach()
-    return Channel(descriptor, descriptor, LONGEST)
+    return Channel(descriptor, descriptor, longest)

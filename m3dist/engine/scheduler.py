@@ -18,17 +18,24 @@ from m3dist.engine.pages import Pages, page_keys
 from m3dist.engine.request import Request, RequestError
 from m3dist.sampling import Sampling
 
+OPENED = 2**20  # values that the openings of a step tell of tokens, after which it opens no more: some 30 MB as JSON
+
 
 @dataclass(frozen=True)
 class Opening:
-    """A row begins, or begins again after it gave its pages away. `seen_prompt` and `seen_output`: the prompt's and
-    the answer's tokens, only where a penalty counts them."""
+    """A row begins, or begins again after it gave its pages away. `seen_prompt`: the tokens that the prompt has, each
+    once; `seen_output`: the answer's so far, each as often as it came; only where a penalty counts them."""
 
     row: int  # its request's id
     sampling: Sampling
     seen_prompt: tuple[int, ...] = ()
     seen_output: tuple[int, ...] = ()
     masked: bool = False  # by a grammar: its steps wait for the mask
+
+    @property
+    def values(self) -> int:
+        """What it tells of tokens: it is as long as this says, whatever the prompt's length."""
+        return len(self.seen_prompt) + len(self.seen_output) + len(self.sampling.logit_bias)
 
 
 @dataclass(frozen=True)
@@ -122,6 +129,7 @@ class Row:
     tokens: list[int]  # the prompt and the answer, as far as they are known
     sampled: int  # tokens of the answer, those included that steps under way will give
     keys: list[bytes]  # of the full pages of `tokens`
+    seen: tuple[int, ...]  # Opening.seen_prompt, found once: a long prompt takes longer than planning may
     awaited: int = 0  # tokens that steps under way will give
     ended: bool = False
     table: list[int] = field(default_factory=list)
@@ -205,7 +213,8 @@ class Scheduler:
             self._events.append(Ended(request.id, "length"))
             return
         tokens = [*request.prompt, *request.emitted]
-        row = Row(request, limit, tokens, len(request.emitted), page_keys(tokens, self.pages.page_size))
+        seen = tuple(sorted(set(request.prompt))) if request.sampling.penalizes_prompt else ()
+        row = Row(request, limit, tokens, len(request.emitted), page_keys(tokens, self.pages.page_size), seen)
         self._requests[row.id] = row
         self._clients.setdefault(request.client, Client()).waiting.append(row)
 
@@ -317,7 +326,7 @@ class Scheduler:
 
     def _admit(self, client: Client, batch: Batch) -> Row | None:
         """Makes a row of the client's next request, if it can go into this batch and memory has room for it."""
-        if not self._admits or not client.waiting:
+        if not self._admits or not client.waiting or sum(opening.values for opening in self._openings) >= OPENED:
             return None
         row = client.waiting[0]
         size = self.pages.page_size
@@ -356,7 +365,7 @@ class Scheduler:
             Opening(
                 row.id,
                 sampling,
-                seen_prompt=prompt if sampling.penalizes_prompt else (),
+                seen_prompt=row.seen,
                 seen_output=tuple(row.tokens[len(prompt) :]) if sampling.penalizes_answer else (),
                 masked=row.request.grammar is not None,
             )

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from scheduled import VOCABULARY, Simulation, answer
 
+from m3dist.engine import scheduler as scheduling
+from m3dist.engine.control import LONGEST
 from m3dist.engine.pages import Pages
 from m3dist.engine.request import Request, RequestError
 from m3dist.engine.scheduler import Ended, Opening, Piece, Scheduler, Step
@@ -461,3 +463,17 @@ def test_a_long_prompt_is_planned_in_the_time_of_its_pieces():
         steps += 1
     assert steps == 489 + 1
     assert time.perf_counter() - start < 0.5
+
+
+def test_a_step_that_opens_rows_is_no_longer_than_a_message_may_be(monkeypatch):
+    """Answers to one prompt open together once its pages are there, each with what its penalty counts of the prompt."""
+    assert 30 * scheduling.OPENED + 2**24 < LONGEST  # bytes of a value; what one row may add beyond
+    monkeypatch.setattr(scheduling, "OPENED", 250)
+    sim = simulation(count=300, rows=8, chunk=1200)
+    for id in range(8):
+        sampling = Sampling(repetition_penalty=1.1, logit_bias={token: 1.0 for token in range(93)})
+        sim.submit(Request(id, "a", prompt(5, 1000), (), 4, sampling=sampling))
+    sim.finish()
+    openings = [step.open for step in sim.steps if step.open]
+    assert [len(opened) for opened in openings] == [1, 3, 3, 1]  # of 100 values each
+    assert all(opening.seen_prompt == tuple(range(VOCABULARY)) for opened in openings for opening in opened)
