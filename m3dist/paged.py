@@ -125,6 +125,13 @@ class PagedCache:
             # As in LayerCache: below the block budget nothing reads the index keys, and their updates would pile up.
             layer.kv = mx.depends(layer.kv, layer.index)
 
+    def wait(self, result: mx.array) -> None:
+        """Let what is read from here on be read after `result`. MLX evaluates breadth first: reads that do not wait for
+        each other's use would all be in memory at once."""
+        layer = self.layer
+        layer.kv, *rest = mx.depends(layer.state, [result])
+        layer.index = rest[0] if rest else None
+
     @property
     def keys(self) -> mx.array:
         """[rows, kv_heads, slots, head_dim]: of all of the rows' pages, whole ones."""
@@ -149,6 +156,11 @@ class PagedCache:
     def heads(self) -> int:
         """KV heads held."""
         return self.layer.kv.shape[0] // (self.layer.pool.pages * self.table.page_size * 2)
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of a token's K and V."""
+        return 2 * self.heads * self.layer.kv.shape[-1] * self.layer.kv.itemsize
 
     def gather(self, blocks: mx.array) -> mx.array:
         """Blocks of K or V, [..., n] as Table numbers them, one after another: [..., n * page_size, head_dim]."""

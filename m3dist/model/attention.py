@@ -98,21 +98,19 @@ class Attention(nn.Module):
         if isinstance(cache, PagedCache):
             if sparse and positions.tokens == 1 and c.sparse_local_block:
                 return attend_pages(q, index_q, cache, positions, c)
-            if parts := positions.parts(cache.table):
+            if parts := positions.parts(cache.table, cache.slot_bytes):
                 return self._apart(q, index_q, parts, cache)
         return self._sparse(q, index_q, positions, cache) if sparse else self._dense(q, positions, cache)
 
     def _apart(self, q: mx.array, index_q: mx.array | None, parts: list[Part], cache: PagedCache) -> mx.array:
-        """Rows of like lengths together: no part reads as far as another's longest row."""
-        out = [
-            self._attend(
-                q[part.rows],
-                None if index_q is None else index_q[part.rows],
-                part.positions,
-                PagedCache(cache.layer, part.table),
-            )
-            for part in parts
-        ]
+        """Rows of like lengths together, part by part: none reads as far as another's longest row, and what it reads
+        lies in memory alone."""
+        out: list[mx.array] = []
+        for part in parts:
+            if out:
+                cache.wait(out[-1])
+            index = None if index_q is None else index_q[part.rows]
+            out.append(self._attend(q[part.rows], index, part.positions, PagedCache(cache.layer, part.table)))
         return mx.concatenate(out)[mx.argsort(mx.concatenate([part.rows for part in parts]))]
 
     def merge(self, out: mx.array) -> mx.array:

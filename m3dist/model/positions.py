@@ -12,6 +12,7 @@ from m3dist.model.fusion import on_gpu
 from m3dist.paged import Table
 
 WASTED = 8192  # slots that rows of unequal length may have read in vain, before they are read apart
+GATHERED = 256 << 20  # bytes of K and V that rows read out of pages at a time; a single row's may be more
 READ_AHEAD = 2048  # index keys are read in whole multiples of so many slots: one shape serves many steps
 
 
@@ -54,12 +55,13 @@ class Positions:
             self.__dict__["_pages_step"] = PagesStep(self.starts, table, dtype, c)
         return self.__dict__["_pages_step"]
 
-    def parts(self, table: Table) -> list["Part"]:
-        """Rows of like lengths together, where one read for all, padded to the longest, would waste much; else none."""
+    def parts(self, table: Table, slot: int) -> list["Part"]:
+        """Rows of like lengths together, where one read for all, padded to the longest, would waste much or, at `slot`
+        bytes of K and V, take more memory than GATHERED; else none. Layers share them."""
         if "_parts" not in self.__dict__:
-            ends = [start + self.tokens for start in self.starts]
-            wasteful = self.end * len(ends) - sum(ends) > WASTED
-            parts = _alike(ends) if wasteful else []
+            ends, most = [start + self.tokens for start in self.starts], GATHERED // slot
+            read = self.end * len(ends)
+            parts = _alike(ends, most) if read - sum(ends) > WASTED or read > most else []
             self.__dict__["_parts"] = [Part(self, rows, table) for rows in parts] if len(parts) > 1 else []
         return self.__dict__["_parts"]
 
@@ -79,11 +81,13 @@ class Part:
         self.table = table.of(rows, -(-self.positions.end // table.page_size))
 
 
-def _alike(ends: Sequence[int]) -> list[list[int]]:
-    """The numbers of rows, longest first; another part begins where one is less than half as long as a part's first."""
+def _alike(ends: Sequence[int], most: int) -> list[list[int]]:
+    """The numbers of rows, longest first; another part begins where one is less than half as long as a part's first, or
+    where the part, each row as long as its first, would have more than `most` slots."""
     parts: list[list[int]] = []
     for row in sorted(range(len(ends)), key=lambda row: -ends[row]):
-        if not parts or 2 * ends[row] < ends[parts[-1][0]]:
+        longest = ends[parts[-1][0]] if parts else 0
+        if not parts or 2 * ends[row] < longest or (len(parts[-1]) + 1) * longest > most:
             parts.append([])
         parts[-1].append(row)
     return parts
