@@ -8,6 +8,7 @@ import re
 import threading
 from collections.abc import Callable, Collection, Sequence
 from decimal import Decimal
+from functools import lru_cache
 from queue import Empty, SimpleQueue
 from typing import Any
 
@@ -19,6 +20,7 @@ from m3dist.text import Text
 
 LONGEST = 2**19  # characters of a grammar
 LIMITS = LLParserLimits(verbose_errors=False)  # llguidance's own, of what is kept and of what one step may take
+KEPT = 8  # grammars that stay compiled
 PATIENCE = 5.0  # seconds for a grammar to be compiled; those that people write take milliseconds
 # Rules that refer to the next, each to the next, are followed by recursion: a stack too small ends the process.
 # Measured with the longest chains of rules and of $ref that a text can hold: 128 to 256 bytes of stack a character.
@@ -46,18 +48,24 @@ class Grammars:
         if self._stop_ids:
             vocabulary = TokenizerWrapper(_Vocabulary(tokenizer_json, self._stop_ids, vocab_size))
             self._tokenizer = LLTokenizer(vocabulary, eos_token=self._stop_ids)
+        self._compiled = lru_cache(KEPT)(self._compile)
 
     def compile(self, grammar: str, emitted: Sequence[int] = ()) -> "Matcher":
-        """The matcher of an answer that begins with the tokens `emitted`. Other threads go on meanwhile.
+        """The matcher of an answer that begins with the tokens `emitted`. Other threads go on meanwhile. Answers to one
+        prompt, and programs that ask again and again, have one grammar: the last few are not compiled anew.
 
         Raises GrammarError: not a grammar, too large a one, or one that `emitted` does not follow.
         """
         if not self._stop_ids:
             raise GrammarError("grammars need a stop token: the checkpoint's configs have no eos_token_id")
-        matcher = Matcher(_bounded(grammar, lambda: LLMatcher(self._tokenizer, grammar, log_level=0, limits=LIMITS)))
+        matcher = Matcher(self._compiled(grammar).deep_copy())
         for token in emitted:
             matcher.took(token)
         return matcher
+
+    def _compile(self, grammar: str) -> LLMatcher:
+        """At its beginning, where it stays."""
+        return _bounded(grammar, lambda: LLMatcher(self._tokenizer, grammar, log_level=0, limits=LIMITS))
 
 
 def check(grammar: str) -> None:

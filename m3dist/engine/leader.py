@@ -8,14 +8,13 @@ import base64
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 
-from m3dist.cluster.channel import Message
 from m3dist.engine.control import Workers
-from m3dist.engine.grammar import GrammarError, Grammars, Matcher
+from m3dist.engine.grammar import GrammarError, Matcher
 from m3dist.engine.link import Gateway
 from m3dist.engine.pace import Pace
-from m3dist.engine.request import Request, RequestError
+from m3dist.engine.reception import Cancelled, Heard, Refused, Stop, Submitted
+from m3dist.engine.request import RequestError
 from m3dist.engine.runner import Pending, Runner, Token
 from m3dist.engine.scheduler import Ended, Event, Scheduler, Started, Step
 from m3dist.model.fusion import on_gpu
@@ -23,54 +22,6 @@ from m3dist.rank import STEP_LIMIT
 from m3dist.watchdog import Watchdog
 
 MEASURE = 10.0  # seconds between measurements of a sum, which hold up what is being computed for as long as it takes
-
-
-@dataclass(frozen=True)
-class Submitted:
-    request: Request
-    matcher: Matcher | None  # of its grammar
-
-
-@dataclass(frozen=True)
-class Refused:
-    """A request that cannot be computed."""
-
-    id: int
-    why: str
-
-
-@dataclass(frozen=True)
-class Cancelled:
-    id: int
-
-
-@dataclass(frozen=True)
-class Stop:
-    """The ranks are to end in good order."""
-
-
-Heard = Submitted | Refused | Cancelled | Stop
-
-
-class Reception:
-    """Makes of the gateway's messages what the leader can act on at once: on the thread that reads them, as a grammar
-    may take a while."""
-
-    def __init__(self, grammars: Grammars, vocab_size: int, context: int):
-        self._grammars, self._vocab_size, self._context = grammars, vocab_size, context
-
-    def __call__(self, message: Message) -> Heard:
-        if "submit" in message:
-            return self._submitted(message["submit"])
-        return Cancelled(message["cancel"]) if "cancel" in message else Stop()
-
-    def _submitted(self, values: Message) -> Heard:
-        try:
-            request = Request.from_json(values, self._vocab_size, self._context)
-            grammar = request.grammar
-            return Submitted(request, None if grammar is None else self._grammars.compile(grammar, request.emitted))
-        except (RequestError, GrammarError) as error:
-            return Refused(values["id"], str(error))
 
 
 class Leader:

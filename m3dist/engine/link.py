@@ -46,9 +46,13 @@ class Gateway:
             why = str(error) or "what listens there does not know this job's secret"
             raise CommunicationError(f"no gateway at {GATEWAY}={environ[GATEWAY]}: {why}") from None
 
-    def listen(self, prepare: Callable[[Message], Any]) -> None:
-        """Have a thread hear it from now on; what `prepare`, which the thread calls, makes of a message waits."""
-        threading.Thread(target=self._listen, args=(prepare,), name="gateway", daemon=True).start()
+    def listen(self, take: Callable[[Message], None]) -> None:
+        """Have a thread hear it from now on, and call `take` with each message, which hands on what becomes of it."""
+        threading.Thread(target=self._listen, args=(take,), name="gateway", daemon=True).start()
+
+    def hand_on(self, heard: Any) -> None:
+        """`hear` gives it in its turn. Any thread may call it."""
+        self._heard.put(heard)
 
     def tell(self, message: Mapping[str, Any]) -> None:
         """Raises CommunicationError where the gateway is gone, or would not read so long a message."""
@@ -61,8 +65,8 @@ class Gateway:
             raise CommunicationError(f"the gateway is gone: {error}") from None
 
     def hear(self, wait: bool) -> Any:
-        """What it said next; None if that is nothing yet, unless told to `wait`. Raises CommunicationError where the
-        gateway is gone, and whatever `prepare` raised."""
+        """What was handed on next; None if that is nothing yet, unless told to `wait`. Raises CommunicationError where
+        the gateway is gone, and whatever `take` raised."""
         try:
             heard = self._heard.get(block=wait)
         except Empty:
@@ -71,14 +75,14 @@ class Gateway:
             raise heard
         return heard
 
-    def _listen(self, prepare: Callable[[Message], Any]) -> None:
+    def _listen(self, take: Callable[[Message], None]) -> None:
         try:
             while (message := self._channel.receive()) is not None:
-                self._heard.put(prepare(message))
+                take(message)
         except ChannelClosed as error:
-            self._heard.put(CommunicationError(f"the gateway is gone: {error}"))
+            self.hand_on(CommunicationError(f"the gateway is gone: {error}"))
         except Exception as error:  # the main thread must end the job
-            self._heard.put(error)
+            self.hand_on(error)
 
 
 def _in_words(message: Mapping[str, Any]) -> str:

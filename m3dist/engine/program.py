@@ -12,9 +12,10 @@ from m3dist.comm import Comm, all_ranks
 from m3dist.engine.budget import Budget, Room, make_budget
 from m3dist.engine.control import Workers, meet
 from m3dist.engine.grammar import Grammars
-from m3dist.engine.leader import Leader, Reception
+from m3dist.engine.leader import Leader
 from m3dist.engine.link import Gateway, text_files
 from m3dist.engine.pages import Pages
+from m3dist.engine.reception import Reception
 from m3dist.engine.runner import Runner
 from m3dist.engine.scheduler import Opening, Piece, Scheduler, Step
 from m3dist.engine.worker import Worker
@@ -153,7 +154,7 @@ def _lead(
     config, chunk = runner.model.args, _chunk(options) * runner.model.chunks_at_once
     stop_ids = Text.load(directory).stop_ids
     grammars = Grammars((directory / "tokenizer.json").read_text("utf-8"), stop_ids, config.vocab_size)
-    gateway.listen(Reception(grammars, config.vocab_size, budget.context))
+    gateway.listen(Reception(grammars, config.vocab_size, budget.context, gateway.hand_on))
     facts = {"page_size": budget.page_size, "pages": budget.pages, "context": budget.context, "rows": options.rows}
     gateway.tell({"ready": facts | {"vocab_size": config.vocab_size, "weights_bytes": weights}})
     pages = Pages(budget.pages, budget.page_size)

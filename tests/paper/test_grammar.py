@@ -5,9 +5,11 @@ import time
 
 import numpy as np
 import pytest
+from llguidance import LLMatcher
 
 from m3dist import tiny
-from m3dist.engine.grammar import LONGEST, GrammarError, Grammars, check
+from m3dist.engine import grammar as module
+from m3dist.engine.grammar import KEPT, LONGEST, GrammarError, Grammars, check
 from m3dist.text import END_THINK, THINK, Text
 
 TEXT = Text.load(tiny.PATH)
@@ -108,6 +110,25 @@ def test_text_that_spells_a_special_token_is_text():
     assert allowed(walk(of_json({"const": f"a{turn_end}b"}), pieces(f'"a{turn_end}b"'))) == STOPS
     first = allowed(GRAMMARS.compile(f'start: "{turn_end}"'))
     assert first and not first & SPECIAL
+
+
+# -- kept grammars -----------------------------------------------------------------------------------------------------
+
+
+def test_answers_of_one_grammar_compile_it_once_and_go_their_own_ways(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(module, "LLMatcher", lambda *rest, **more: compiled.append(rest[1]) or LLMatcher(*rest, **more))
+    grammars, asked = Grammars(TOKENIZER, STOPS, VOCABULARY), 'start: "a" "b" | "c" "d"'
+    begun = grammars.compile(asked, pieces("a"))
+    assert allowed(begun) == set(pieces("b"))
+    assert allowed(grammars.compile(asked, pieces("c"))) == set(pieces("d"))
+    assert allowed(grammars.compile(asked)) >= set(pieces("ac"))
+    begun.took(*pieces("b"))
+    assert allowed(begun) == STOPS and compiled == [asked]
+    for number in range(KEPT):
+        grammars.compile(f'start: "{number}"')
+    grammars.compile(asked)
+    assert compiled.count(asked) == 2
 
 
 # -- replay and errors ------------------------------------------------------------------------------------------------
