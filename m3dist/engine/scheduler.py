@@ -5,11 +5,12 @@ Steps are planned one ahead: the tokens of the step before are not known yet, on
 is seen coming. An end by a stop token is seen a step late: the row's next result is ignored. What that step still
 writes to the row's pages does no harm to whoever has them next, because devices compute the steps in order.
 
-Between clients it is round robin, for each client first come, first served. Every running row takes its token in every
-step; of prompts a step takes as many tokens beside that as its budget allows.
+Between clients it is round robin, and where rows are scarce they go to who has fewer of them; for each client it is
+first come, first served. Every running row takes its token in every step; of prompts a step takes as many tokens beside
+that as its budget allows.
 """
 
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -329,6 +330,8 @@ class Scheduler:
         if not self._admits or not client.waiting or sum(opening.values for opening in self._openings) >= OPENED:
             return None
         row = client.waiting[0]
+        if not self._has_turn(row.request.client):
+            return None
         size = self.pages.page_size
         row.keys += page_keys(row.tokens, size, row.keys)  # it may have got tokens since it was preempted
         most = (len(row.tokens) - 1) // size  # the last token is computed in any case
@@ -342,6 +345,15 @@ class Scheduler:
             return None
         self._open(client.waiting.popleft(), shared)
         return row
+
+    def _has_turn(self, name: str) -> bool:
+        """Whether a row for this client leaves one for each of the others that wait to begin and have fewer: a client
+        with many requests, or with long answers, would get nearly all rows by taking turns."""
+        held = Counter(row.request.client for row in self._rows.values())
+        if not held[name]:
+            return True
+        others = (other for other, client in self._clients.items() if client.waiting and not client.started)
+        return len(self._rows) + sum(held[other] < held[name] for other in others) < self.most_rows
 
     def _computed_by_another(self, number: int, key: bytes) -> bool:
         """Whether a row is about to compute the page that is its `number`-th and has this key."""

@@ -286,6 +286,33 @@ def test_clients_take_turns():
     assert sim.started == [0, 10, 20, 1, 11, 2, 3]
 
 
+def test_rows_go_to_who_has_fewer():
+    """However many requests a client has, and however long their answers: the others' come to as many rows."""
+    sim = simulation(rows=4)
+    for id in range(8):
+        sim.submit(asks(id, 3, client="a", max_tokens=10 * (id + 1)))
+    sim.turn()
+    for id in (10, 11, 12):
+        sim.submit(asks(id, 3, client="b", max_tokens=60))
+    sim.finish()
+    assert sim.started[:8] == [0, 1, 2, 3, 10, 11, 4, 5]  # the third of four rows that end leaves two to each
+    alone = simulation(rows=4)
+    for id in range(4):
+        alone.submit(asks(id, 3, client="a"))
+    alone.turn()
+    assert len(alone.steps[0].open) == 4  # nobody else waits
+
+
+def test_the_last_free_row_is_kept_for_who_has_none():
+    sim = simulation(rows=2, chunk=16)
+    sim.submit(asks(0, 3, client="a", max_tokens=50))
+    sim.turn()
+    sim.submit(asks(1, 3, client="a"))
+    sim.submit(asks(10, 20, client="b"))
+    sim.finish()
+    assert sim.started == [0, 10, 1]
+
+
 def test_a_short_prompt_does_not_wait_for_anothers_long_one():
     sim = simulation(chunk=16)
     sim.submit(asks(0, 200, client="a"))
