@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from m3dist.engine.grammar import GrammarError, check
+from m3dist.engine.grammar import LONGEST, GrammarError, check
 from m3dist.gateway.errors import BadRequest
 from m3dist.gateway.parameters import (
     TYPE_NAMES,
@@ -91,7 +91,9 @@ def tool_calls(schemas: Mapping[str, Schema], parallel: bool) -> str:
     const, minItems and maxItems, unions, references. Not kept: bounds of numbers, lengths and patterns of strings, and
     what is said of properties that are not named.
     """
-    tools = [_Tool(number, name, schema) for number, (name, schema) in enumerate(schemas.items())]
+    tools: list[_Tool] = []
+    for name, schema in schemas.items():
+        tools.append(_Tool(len(tools), name, schema, LONGEST - sum(tool.length for tool in tools)))
     calls = f"({' | '.join(tool.start for tool in tools)}){'+' if parallel else ''}"
     block = f"answer_calls: {_quoted(f'{TOOL}<tool_call>{LINE}')} {calls} {_quoted(f'{TOOL}</tool_call>')}"
     return "\n".join([block, *(rule for tool in tools for rule in tool.rules), FREE_OBJECT])
@@ -117,9 +119,12 @@ def _quoted(text: str) -> str:
 class _Tool:
     """The rules of calls of one tool; `e0_1` and so on are elements, with their tags, `L0_1` what ends in a tag."""
 
-    def __init__(self, number: int, name: str, schema: Schema):
+    def __init__(self, number: int, name: str, schema: Schema, most: int):
+        """`most`: characters that the rules may have; those of all tools may be LONGEST. Raises BadRequest."""
         self.start = f"invoke_{number}"
         self.rules: list[str] = []
+        self.length = 0  # characters of the rules
+        self._name, self._most = name, most
         self._number = number
         self._parameters = Parameters(schema)
         self._elements: dict[tuple[int, str], tuple[str, Any]] = {}
@@ -127,8 +132,22 @@ class _Tool:
             bodies = [self._members(plain) for plain in self._parameters.alternatives(schema)]
         except RecursionError:
             raise BadRequest(f"tools: the schema of {name!r} is nested too deeply", "tools") from None
+        if self._parameters.exhausted:
+            raise self._too_large()
         opening, closing = _quoted(f'{TOOL}<invoke name="{name}">'), _quoted(f"{TOOL}</invoke>{LINE}")
-        self.rules.append(f"{self.start}: {opening} ({' | '.join(bodies)}) {closing}")
+        self._add(f"{self.start}: {opening} ({' | '.join(bodies)}) {closing}")
+
+    def _too_large(self) -> BadRequest:
+        return BadRequest(
+            f"tools: no grammar can be made of the schema of {self._name!r}, it is too large: simplify it", "tools"
+        )
+
+    def _add(self, rule: str) -> None:
+        """Raises BadRequest as soon as all rules are longer than a grammar may be."""
+        self.length += len(rule)
+        if self.length > self._most:
+            raise self._too_large()
+        self.rules.append(rule)
 
     def _element(self, name: str, schema: Any) -> str:
         """The rule of an element `name` whose value meets `schema`; one that holds itself refers to its own rule."""
@@ -137,7 +156,7 @@ class _Tool:
             rule = f"e{self._number}_{len(self._elements)}"
             self._elements[key] = rule, schema  # the schema is kept too, so that no other gets its id
             values = self._values(name, self._parameters.alternatives(schema), rule)
-            self.rules.append(f"{rule}: {_quoted(f'{TOOL}<{name}>')} ({' | '.join(values)})")
+            self._add(f"{rule}: {_quoted(f'{TOOL}<{name}>')} ({' | '.join(values)})")
         return self._elements[key][0]
 
     def _values(self, name: str, alternatives: Sequence[Schema], rule: str) -> Iterator[str]:
@@ -146,10 +165,11 @@ class _Tool:
         leaves = [leaf for plain in alternatives for leaf in _leaves(plain)]
         terminal = f"L{rule[1:]}"
         if None in leaves:  # any text, of which all others are
-            self.rules += [f"{rule}_text[lazy]: {terminal}", f"{terminal}: (/(?s:.*)/ {closing}) & {ONE_MARKER}"]
+            self._add(f"{rule}_text[lazy]: {terminal}")
+            self._add(f"{terminal}: (/(?s:.*)/ {closing}) & {ONE_MARKER}")
             yield f"{rule}_text"
         elif leaves:
-            self.rules.append(f"{terminal}: ({' | '.join(leaf for leaf in leaves if leaf)}) {closing}")
+            self._add(f"{terminal}: ({' | '.join(leaf for leaf in leaves if leaf)}) {closing}")
             yield terminal
         for plain in alternatives:
             types = types_of(plain)
@@ -162,7 +182,7 @@ class _Tool:
 
     def _members(self, plain: Schema) -> str:
         """Lark of an object's members, in the order of the schema."""
-        required = list(required_of(plain))
+        required = dict.fromkeys(required_of(plain))
         properties = {**dict.fromkeys(required, {}), **properties_of(plain)}
         members = []
         for name in [*properties_of(plain), *(name for name in properties if name not in properties_of(plain))]:

@@ -11,46 +11,84 @@ from typing import Any
 Schema = Mapping[str, Any]
 
 MOST_ALTERNATIVES = 64  # of one value; a product of unions could have any number
+# Keywords, properties, names and so on that the expansion of all of a schema may copy: some 10 ms of work, which the
+# gateway's event loop does. People's schemas take hundreds.
+MOST_COPIED = 2**16
 COMBINED = ("$ref", "allOf", "anyOf", "oneOf")
+COPIED = ("properties", "required", "enum", "prefixItems")  # what has lists that are copied, or read in every copy
 TYPE_NAMES = {str: "string", bool: "boolean", int: "integer", float: "number", type(None): "null"}
 
 
 class Parameters:
-    """The schema of a tool's parameters, against which its `$ref`s are looked up."""
+    """The schema of a tool's parameters, against which its `$ref`s are looked up.
+
+    `exhausted`: it took more than MOST_COPIED, and what was asked of it from then on got the answer that it says
+    nothing.
+    """
 
     def __init__(self, schema: Any):
         self.schema = schema
-        self._known: dict[int, tuple[Any, list[dict[str, Any]]]] = {}
+        self._left = MOST_COPIED
+        self._known: dict[Any, tuple[Any, list[dict[str, Any]]]] = {}
         self._references: dict[str, list[dict[str, Any]]] = {}
+
+    @property
+    def exhausted(self) -> bool:
+        return self._left < 0
 
     def alternatives(self, schema: Any) -> list[dict[str, Any]]:
         """The plain schemas of which a value of `schema` meets one; at most MOST_ALTERNATIVES.
 
         Keywords beside a combination hold for each of its members. What is no schema allows anything, and so does one
-        that is nested too deeply to follow.
+        that is nested too deeply to follow, or comes after MOST_COPIED.
         """
         if not isinstance(schema, Mapping) or not schema:
             return [{}]
-        if id(schema) not in self._known:
+        key = _key(schema)
+        if key not in self._known:
             try:
                 plain = self._expand(schema)
-            except RecursionError:
+            except (RecursionError, _TooMuch):
                 plain = [{}]
-            self._known[id(schema)] = schema, plain  # the schema is kept too, so that no other gets its id
-        return self._known[id(schema)][1]
+            self._known[key] = schema, plain  # the schema is kept too, so that no other gets its id
+        return self._known[key][1]
 
     def _expand(self, schema: Any) -> list[dict[str, Any]]:
         if not isinstance(schema, Mapping):
             return [{}]
+        self._count(schema)
         found = [{key: value for key, value in schema.items() if key not in COMBINED}]
         if isinstance(reference := schema.get("$ref"), str):
-            found = _each_with_each(found, self._referred(reference))
+            found = self._each_with_each(found, self._referred(reference))
         for part in _listed(schema, "allOf"):
-            found = _each_with_each(found, self._expand(part))
+            found = self._each_with_each(found, self._expand(part))
         for name in ("anyOf", "oneOf"):
             if parts := _listed(schema, name)[:MOST_ALTERNATIVES]:
-                found = _each_with_each(found, [plain for part in parts for plain in self._expand(part)])
+                found = self._each_with_each(found, [plain for part in parts for plain in self._expand(part)])
         return found
+
+    def _each_with_each(self, left: list[dict[str, Any]], right: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        pairs = ((one, other) for one in left for other in right)
+        return [self._both(one, other) for one, other in islice(pairs, MOST_ALTERNATIVES)]
+
+    def _both(self, one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+        """A schema that says what both say; of a keyword that cannot be joined, the later one's."""
+        self._count(one)
+        self._count(other)
+        joined = {**one, **other}
+        if isinstance(one.get("properties"), Mapping) and isinstance(other.get("properties"), Mapping):
+            joined["properties"] = {**one["properties"], **other["properties"]}
+        if isinstance(one.get("required"), list) and isinstance(other.get("required"), list):
+            joined["required"] = [*one["required"], *other["required"]]
+        return joined
+
+    def _count(self, schema: Schema) -> None:
+        """`schema` is about to be copied: properties, names and values that it lists too, for whoever reads the copies
+        looks through all of them. Raises _TooMuch."""
+        listed = sum(len(value) for key, value in schema.items() if key in COPIED and isinstance(value, Mapping | list))
+        self._left -= 1 + len(schema) + listed
+        if self.exhausted:
+            raise _TooMuch
 
     def _referred(self, reference: str) -> list[dict[str, Any]]:
         """Alternatives of what `reference` leads to, found once; one that leads back to itself says nothing."""
@@ -78,18 +116,15 @@ def _listed(schema: Schema, name: str) -> list[Any]:
     return parts if isinstance(parts, list) else []
 
 
-def _each_with_each(left: list[dict[str, Any]], right: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return list(islice((_both(one, other) for one in left for other in right), MOST_ALTERNATIVES))
+class _TooMuch(Exception):
+    """The work that MOST_COPIED allows is done."""
 
 
-def _both(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    """A schema that says what both say; of a keyword that cannot be joined, the later one's."""
-    joined = {**one, **other}
-    if isinstance(one.get("properties"), Mapping) and isinstance(other.get("properties"), Mapping):
-        joined["properties"] = {**one["properties"], **other["properties"]}
-    if isinstance(one.get("required"), list) and isinstance(other.get("required"), list):
-        joined["required"] = [*one["required"], *other["required"]]
-    return joined
+def _key(schema: Schema) -> Any:
+    """What a schema is known by: itself; or a union its members, for `child_of` makes it anew for every child."""
+    if schema.keys() == {"anyOf"}:
+        return tuple(id(part) for part in _listed(schema, "anyOf")[:MOST_ALTERNATIVES])
+    return id(schema)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ walk under the masks is read back by the gateway and meets the schema."""
 import itertools
 import json
 import random
+import time
 
 import jsonschema_rs
 import pytest
@@ -12,6 +13,7 @@ from m3dist import tiny
 from m3dist.engine.grammar import GrammarError, Grammars
 from m3dist.gateway.answer import Answer, Content, Reasoning, ToolCall
 from m3dist.gateway.chat import Conversation, grammar_of
+from m3dist.gateway.errors import BadRequest
 from m3dist.options import THINKING
 from m3dist.text import END_THINK, THINK, Text
 from m3dist.text import TOOL as NS
@@ -354,3 +356,20 @@ def test_whatever_json_the_masks_allow_meets_the_schema(thinking, schema):
     for _, content, calls, _ in found:
         assert calls == []
         jsonschema_rs.validate(schema, json.loads(content))
+
+
+LARGE = {
+    "many properties": {"properties": {f"{'p' * 200}{i}": {"type": "integer"} for i in range(20_000)}},
+    "many copies": {"properties": {f"p{i}": {} for i in range(3000)}, "anyOf": [{}] * 64},
+    "many names": {"required": [f"p{i}" for i in range(30_000)], "properties": {f"q{i}": {} for i in range(30_000)}},
+}
+
+
+@pytest.mark.parametrize("schema", LARGE.values(), ids=LARGE)
+def test_a_schema_that_is_too_large_is_refused_before_all_is_made_of_it(schema):
+    tool = {"type": "function", "function": {"name": "large", "parameters": schema}}
+    began = time.process_time()
+    with pytest.raises(BadRequest, match="tools.*'large'.*too large") as caught:
+        grammar_of(asking(tools=[tool], tool_choice="required"))
+    assert caught.value.param == "tools"
+    assert time.process_time() - began < 0.3
