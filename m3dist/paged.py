@@ -112,7 +112,10 @@ class PagedCache:
         return self.layer.state
 
     def append(self, keys: mx.array, values: mx.array, index_keys: mx.array | None = None) -> None:
-        """Write the next tokens of every row: [rows, heads, tokens, dim] each."""
+        """Write the next tokens of every row: [rows, heads, tokens, dim] each, all of them finite numbers.
+
+        Other rows read these pages too, as padding or after this row: with no weight, but 0 times NaN would be NaN.
+        """
         layer, (_, heads, tokens, _) = self.layer, keys.shape
         if layer.kv is None:
             layer.make(keys, index_keys)

@@ -1,5 +1,6 @@
 """Queries, keys, values and index heads of one input: one product, one norm and one RoPE for all their heads."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -64,6 +65,7 @@ class HeadProjections:
         if self.dim % LANES or self.config.rotary_dim // 2 % LANES:
             return
         heads = mx.random.normal((2, 3, sum(self._counts()), self.dim), key=mx.random.key(1)).astype(dtype)
+        heads[0, 0, :, :3] = mx.array([math.nan, math.inf, -math.inf])
         arguments = heads, gain, mx.array([5, 70000], dtype=mx.int32), *shape
         check(self._kernel(dtype), lambda: kernels.turn_heads(*arguments), lambda: _turn_heads(*arguments))
 
@@ -110,7 +112,7 @@ def _turn_heads(
     eps: float,
 ) -> list[mx.array]:
     """kernels.turn_heads in MLX's own operations."""
-    normed = sum(part.heads for part in parts if part.normed)
+    x, normed = _finite(x), sum(part.heads for part in parts if part.normed)
     turned = _heads_first(_normalise(x[:, :, :normed], gain, eps))
     turned = mx.fast.rope(turned, rotated, traditional=False, base=base, scale=1.0, offset=offset)
     found, first = [], 0
@@ -120,6 +122,12 @@ def _turn_heads(
         found.append(heads.astype(mx.float32) if part.wide else heads)
         first = last
     return found
+
+
+@fused
+def _finite(x: mx.array) -> mx.array:
+    """x with 0 for what is not finite."""
+    return mx.where(mx.abs(x) < math.inf, x, 0)
 
 
 @fused

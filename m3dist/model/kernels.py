@@ -104,7 +104,10 @@ def _turn_heads(parts: tuple[Part, ...], dim: int, rotated: int, base: float, ep
     if (place >= x_shape[0] * tokens) return;
     const unsigned int row = place / tokens, token = place % tokens;
     float value[{held}];
-    for (int i = 0; i < {held}; ++i) value[i] = static_cast<float>(x[unit * {dim} + lane + {LANES} * i]);
+    for (int i = 0; i < {held}; ++i) {{
+      value[i] = static_cast<float>(x[unit * {dim} + lane + {LANES} * i]);
+      if ((float_as_bits(value[i]) & 0x7f800000u) == 0x7f800000u) value[i] = 0.0f;  // infinite, or not a number
+    }}
     if (head < {normed}) {{
       float squares = 0;
       for (int i = 0; i < {held}; ++i) squares += value[i] * value[i];
@@ -132,7 +135,7 @@ def turn_heads(
 ) -> list[mx.array]:
     """x [rows, tokens, heads, dim], the normalised heads first, gain float32 [normalised heads, dim] -> each part's
     heads [rows, heads, tokens, dim], rounded to x's dtype also where they are wide. `offset` int32: the position of the
-    first token, of all rows or of each.
+    first token, of all rows or of each. What is not finite counts as 0: paged.py says why.
 
     Needs dim and rotated / 2 in multiples of LANES.
     """

@@ -67,7 +67,9 @@ def test_turn_heads(dialect, dtype, offset):
         for name, n in (("q", 4), ("index_q", 2), ("k", 2), ("index_k", 1), ("v", 2))
     )
     x, gain = random(2, 3, 11, 128, seed=1).astype(dtype), random(9, 128, seed=2)
+    x[0, 1, :, 30:33] = mx.array([mx.nan, mx.inf, -mx.inf])
     arguments = x, gain, offset.astype(mx.int32), parts, 64, 5e6, 1e-6
+    assert all(mx.isfinite(part).all() for part in kernels.turn_heads(*arguments))
     assert_same(kernels.turn_heads(*arguments), heads._turn_heads(*arguments))
 
 

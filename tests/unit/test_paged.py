@@ -181,6 +181,35 @@ def test_padding_is_written_to_the_scratch_page(beyond):
         assert set(np.flatnonzero(changed).tolist()) == written
 
 
+@pytest.mark.usefixtures("library")
+@pytest.mark.parametrize("gpu", [False, True])
+def test_a_row_without_finite_numbers_is_alone_with_them(gpu, monkeypatch):
+    """Neither the rows beside it see them, though it writes what pads it to the scratch page, nor one that comes after
+    it, in its pages."""
+    if gpu:  # its masks
+        monkeypatch.setattr(positions, "on_gpu", lambda: True)
+        monkeypatch.setattr(cpu, "usable", lambda *arrays: False)
+    model = model_of()
+    embedding = model.language_model.model.embed_tokens
+    embedding.weight[0] = mx.inf  # padding is of this token, too
+    rows = Rows(model, lengths := [2 * BUDGET + 5, BUDGET + 3, 9])
+    rows.tokens[rows.tokens == 0] = 1
+    rows.tokens[1, : BUDGET + 4 : 2] = 0
+    own = slice(lengths[0], lengths[0] + lengths[1])
+    found, wanted = rows.both(lengths)
+    assert np.isnan(found[own]).any()
+    for _ in range(3):
+        found, wanted = (np.delete(x, np.arange(len(x))[own], axis=0) for x in (found, wanted))
+        assert np.abs(found - wanted).max() < 1e-5 * np.abs(wanted).max()
+        own = slice(1, 2)
+        found, wanted = rows.both([1, 1, 1])
+    after = Rows(model, [BUDGET + 3], seed=2)
+    after.tokens[after.tokens == 0] = 1
+    after.pool, after.tables = rows.pool, [rows.tables[1]]
+    for count in (7, 1, BUDGET - 5, 1):
+        after.step([count])
+
+
 def test_prefill_in_chunks():
     rows = Rows(MODEL, lengths := [3 * BUDGET] * 2)
     tokens = mx.array(rows.tokens[:, : 3 * BUDGET])
