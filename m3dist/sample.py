@@ -9,6 +9,7 @@ from m3dist.comm import Comm, agreement
 from m3dist.sampling import Sampling as Sampling
 
 UNLIKELY = -9999.0  # OpenAI's word for a log probability of almost nothing; JSON has none for minus infinity
+FEW = 64  # candidates that are found without sorting a whole vocabulary; rows that want more are sampled apart
 CHUNK = 64  # logits whose largest stands for them while the largest of all are looked for
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -112,33 +113,66 @@ def sample_batch(
     comm: Comm,
 ) -> Sampled:
     """The next token of each row, the same on every rank: rank 0's, unless all rows are greedy, for which every rank
-    has the same candidates. Called by all ranks.
+    has the same candidates. Called by all ranks, which know the same groups_of rows.
 
     local, first_row, widest, hidden: gather_batch's. uniforms: each row's sampling.uniform; greedy rows ignore it.
     vocabulary: of the whole model.
     """
-    greedy = all(sampling.temperature == 0 for sampling in samplings)
     told = any(sampling.logprobs is not None for sampling in samplings)
-    candidates = gather_batch(local, first_row, widest, hidden, wanted_of(samplings, vocabulary), comm, told)
-    if greedy:
-        tokens = candidates.ids[:, 0]
-    else:
-        columns = [(s.temperature, s.top_k, s.top_p, s.min_p, u) for s, u in zip(samplings, uniforms, strict=True)]
-        tokens = comm.from_rank_0(choose_batch(candidates, *mx.array(columns, dtype=mx.float32).T))
-    if not told:
-        return Sampled(tokens, candidates.agree)
-    most = max(1, *(sampling.logprobs or 0 for sampling in samplings))
-    logprobs = mx.maximum(candidates.logits - candidates.normalizer[:, None], UNLIKELY)
-    # The token is one of the candidates; a place where a rank had none says 0 and -inf.
-    own = mx.where(candidates.ids == tokens[:, None], logprobs, UNLIKELY).max(axis=1)
-    return Sampled(tokens, candidates.agree, own, candidates.ids[:, :most], logprobs[:, :most])
+    most = max(1, *(sampling.logprobs or 0 for sampling in samplings)) if told else 1
+    groups, found, chosen = groups_of(samplings, vocabulary), list[BatchCandidates](), list[mx.array]()
+    for rows in groups:
+        own, part, states = [samplings[row] for row in rows], local, hidden
+        if len(groups) > 1:
+            part, states = local[mx.array(rows)], hidden[mx.array(rows)]
+        if found:
+            part = mx.depends(part, found[-1].ids)  # so that all ranks gather in one order
+        wanted = max(most, wanted_of(own, vocabulary))
+        found.append(gather_batch(part, first_row, widest, states, wanted, comm, told))
+        chosen.append(_choose_as(found[-1], own, [uniforms[row] for row in rows]))
+    tokens = mx.concatenate(chosen)
+    if any(sampling.temperature for sampling in samplings):
+        tokens = comm.from_rank_0(tokens)
+    fields = [[tokens], [candidates.agree for candidates in found]]
+    if told:
+        split = mx.split(tokens, [len(groups[0])]) if len(groups) > 1 else [tokens]
+        fields += zip(*(_log_probabilities(*each, most) for each in zip(found, split)))
+    if len(groups) == 1:
+        return Sampled(*(field for [field] in fields))
+    order = [row for rows in groups for row in rows]
+    places = mx.array([order.index(row) for row in range(len(order))])
+    return Sampled(*(mx.concatenate(parts)[places] for parts in fields))
+
+
+def groups_of(samplings: Sequence[Sampling], vocabulary: int) -> list[list[int]]:
+    """The rows to be sampled together: those that want FEW candidates, then those that want more, for which the whole
+    vocabulary is sorted. One such among many would cost as much as if all were."""
+    few = [row for row, sampling in enumerate(samplings) if sampling.candidates(vocabulary) <= FEW]
+    many = [row for row, sampling in enumerate(samplings) if sampling.candidates(vocabulary) > FEW]
+    return [rows for rows in (few, many) if rows]
 
 
 def wanted_of(samplings: Sequence[Sampling], vocabulary: int) -> int:
-    """How many candidates a batch needs: what its most demanding row does, rounded up to a power of two, so that rows
+    """How many candidates these rows need: what the most demanding does, rounded up to a power of two, so that rows
     that come and go seldom change the shapes."""
     most = max(sampling.candidates(vocabulary) for sampling in samplings)
     return min(1 << (most - 1).bit_length(), vocabulary)
+
+
+def _choose_as(candidates: BatchCandidates, samplings: Sequence[Sampling], uniforms: Sequence[float]) -> mx.array:
+    """choose_batch, as the rows' samplings say."""
+    if all(sampling.temperature == 0 for sampling in samplings):
+        return candidates.ids[:, 0]
+    columns = [(s.temperature, s.top_k, s.top_p, s.min_p, u) for s, u in zip(samplings, uniforms, strict=True)]
+    return choose_batch(candidates, *mx.array(columns, dtype=mx.float32).T)
+
+
+def _log_probabilities(candidates: BatchCandidates, tokens: mx.array, most: int) -> tuple[mx.array, mx.array, mx.array]:
+    """Of each row's token [rows], and the ids and log probabilities of the `most` likeliest [rows, most]."""
+    logprobs = mx.maximum(candidates.logits - candidates.normalizer[:, None], UNLIKELY)
+    # The token is one of the candidates; a place where a rank had none says 0 and -inf.
+    own = mx.where(candidates.ids == tokens[:, None], logprobs, UNLIKELY).max(axis=1)
+    return own, candidates.ids[:, :most], logprobs[:, :most]
 
 
 def gather_batch(

@@ -4,6 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from m3dist import sample
 from m3dist.adjust import RowState, adjust_rows, allowed
 from m3dist.comm import Comm
 from m3dist.sample import UNLIKELY, gather_batch, largest, sample_batch, wanted_of
@@ -129,6 +130,35 @@ def test_candidates_are_as_few_as_the_batch_allows():
     assert wanted_of([greedy, Sampling(temperature=0, logprobs=20)], VOCABULARY) == 32
     assert wanted_of([greedy, Sampling(top_k=40)], VOCABULARY) == 64
     assert wanted_of([Sampling(top_k=0), greedy], VOCABULARY) == VOCABULARY
+
+
+def test_only_rows_that_want_a_whole_vocabulary_sort_it(monkeypatch):
+    """Beside others that do not, with log probabilities as wide for all."""
+    gathered = []
+
+    def noting(local, first_row, widest, hidden, wanted, *rest):
+        gathered.append((local.shape[0], wanted))
+        return gather_batch(local, first_row, widest, hidden, wanted, *rest)
+
+    monkeypatch.setattr(sample, "gather_batch", noting)
+    whole, few, greedy = Sampling(1.0, 0.9, 0), Sampling(1.0, 0.95, 40), Sampling(temperature=0, logprobs=1)
+    samplings, numbers = [few, whole, greedy, few, whole], [uniform(7, t) for t in range(5)]
+    logits = random_logits(5, seed=6)
+    for told in (False, True):
+        if told:
+            samplings[4] = Sampling(1.0, 0.9, 0, logprobs=5)
+        found = sampled(logits, samplings, numbers)
+        assert gathered == [(3, 64), (2, VOCABULARY)]
+        gathered.clear()
+        for row in range(5):
+            one = sampled(logits[row : row + 1], samplings[row : row + 1], numbers[row : row + 1])
+            assert one.tokens.tolist() == [found.tokens[row].item()]
+            if samplings[row].logprobs:
+                most = samplings[row].logprobs
+                assert np.allclose(one.logprobs, found.logprobs[row])
+                assert one.top_ids[0].tolist() == found.top_ids[row, :most].tolist()
+                assert np.allclose(one.top_logprobs[0], found.top_logprobs[row, :most])
+        gathered.clear()
 
 
 # -- penalties, bias, masks -------------------------------------------------------------------------------------------
