@@ -16,6 +16,7 @@ from pydantic import BaseModel
 from m3dist.gateway.answer import Answer, Event, Reasoning
 from m3dist.gateway.chat import Conversation, grammar_of, prompt_of
 from m3dist.gateway.errors import BadRequest
+from m3dist.gateway.prompts import TooLong
 from m3dist.gateway.ranks import RequestFailed, Stream, Token, Work
 from m3dist.sampling import Sampling
 from m3dist.text import Text
@@ -74,20 +75,33 @@ async def chat(
     Raises BadRequest; and before any work is done for it, Busy or Unavailable.
     """
     services.ranks.check(count)
-    prompt = await prompt_ids(services, conversation, places)
+    prompt = await prompt_ids(services, conversation, field, places)
+    room = _room(services, field, prompt)
     grammar = await asyncio.to_thread(grammar_of, conversation)
-    return Wanted(_work(services, field, prompt, choosing, max_tokens, grammar), conversation.stop, conversation, count)
+    return Wanted(_work(services, prompt, room, choosing, max_tokens, grammar), conversation.stop, conversation, count)
 
 
-async def prompt_ids(services: Any, conversation: Conversation, places: Sequence[str] = ()) -> list[int]:
-    """The conversation's token ids, made beside the event loop. Raises BadRequest.
+async def prompt_ids(
+    services: Any, conversation: Conversation, field: str = "messages", places: Sequence[str] = ()
+) -> list[int]:
+    """The token ids of a conversation, which the client gave as `field`, made beside the event loop. Raises BadRequest.
 
     `places`: where in the client's request each message stood, if not in messages[i]: errors name it.
     """
     try:
-        return await asyncio.to_thread(prompt_of, conversation, services.ranks.text)
+        prompt = await asyncio.to_thread(prompt_of, conversation, services.ranks.text)
     except BadRequest as error:
         raise BadRequest(_place(error.message, places), _place(error.param, places), error.code, error.status) from None
+    return await encode(services, field, prompt)
+
+
+async def encode(services: Any, field: str, prompt: str) -> list[int]:
+    """The token ids of a text, made beside the event loop. Raises BadRequest where it is much too long for `field`."""
+    context = services.ranks.facts["context"]
+    try:
+        return await services.encoder.encode(services.ranks.text, prompt, context)
+    except TooLong:
+        raise _too_long(field, f"more than {context}", context) from None
 
 
 def _place(text: str | None, places: Sequence[str]) -> Any:
@@ -100,26 +114,36 @@ def raw(
     services: Any, prompt: Sequence[int], choosing: Choosing, max_tokens: int, stop: tuple[str, ...], count: int
 ) -> Wanted:
     """`count` continuations of a prompt of token ids. Raises BadRequest."""
-    return Wanted(_work(services, "prompt", prompt, choosing, max_tokens, None), stop, None, count)
+    room = _room(services, "prompt", prompt)
+    return Wanted(_work(services, prompt, room, choosing, max_tokens, None), stop, None, count)
+
+
+def _room(services: Any, field: str, prompt: Sequence[int]) -> int:
+    """Tokens that the answer to `prompt` may have. Raises BadRequest where none."""
+    facts = services.ranks.facts
+    _check_tokens(prompt, field, facts["vocab_size"])
+    if not prompt:
+        raise BadRequest(f"{field} must have at least one token", field)
+    if len(prompt) >= facts["context"]:
+        raise _too_long(field, str(len(prompt)), facts["context"])
+    return facts["context"] - len(prompt)
+
+
+def _too_long(field: str, tokens: str, context: int) -> BadRequest:
+    return BadRequest(
+        f"{field}: the prompt is too long: {tokens} tokens; this server's maximum context length is {context} tokens, "
+        "prompt and answer together",
+        field,
+        "context_length_exceeded",
+    )
 
 
 def _work(
-    services: Any, field: str, prompt: Sequence[int], choosing: Choosing, max_tokens: int | None, grammar: str | None
+    services: Any, prompt: Sequence[int], room: int, choosing: Choosing, max_tokens: int | None, grammar: str | None
 ) -> Work:
-    facts = services.ranks.facts
-    _check_tokens(prompt, field, facts["vocab_size"])
-    _check_tokens(choosing.logit_bias, "logit_bias", facts["vocab_size"])
-    _check_tokens(choosing.stop_ids, "stop_token_ids", facts["vocab_size"])
-    room = facts["context"] - len(prompt)
-    if not prompt:
-        raise BadRequest(f"{field} must have at least one token", field)
-    if room < 1:
-        raise BadRequest(
-            f"{field}: the prompt is too long: {len(prompt)} tokens; this server's maximum context length is "
-            f"{facts['context']} tokens, prompt and answer together",
-            field,
-            "context_length_exceeded",
-        )
+    vocab_size = services.ranks.facts["vocab_size"]
+    _check_tokens(choosing.logit_bias, "logit_bias", vocab_size)
+    _check_tokens(choosing.stop_ids, "stop_token_ids", vocab_size)
     return Work(
         prompt=prompt,
         max_tokens=min(max_tokens or room, room),

@@ -65,7 +65,8 @@ async def count_tokens(request: Request, body: CountRequest) -> Response:
     find_model(services, body.model)
     refuse(body, REFUSED)
     services.ranks.check(0)
-    prompt = await prompt_ids(services, *conversation_of(body))
+    conversation, places = conversation_of(body)
+    prompt = await prompt_ids(services, conversation, places=places)
     return whole(TokenCount(input_tokens=len(prompt)))
 
 

@@ -13,6 +13,7 @@ from m3dist.gateway import anthropic_api, health, metrics, openai_api, responses
 from m3dist.gateway.access import Access
 from m3dist.gateway.errors import BadRequest, body_for
 from m3dist.gateway.limits import Keys
+from m3dist.gateway.prompts import Encoder
 from m3dist.gateway.ranks import Busy, Ranks, RequestFailed, Unavailable
 from m3dist.options import ServeOptions
 
@@ -27,6 +28,7 @@ class Services:
     ranks: Ranks
     options: ServeOptions
     keys: Keys = field(default_factory=Keys)
+    encoder: Encoder = field(default_factory=Encoder)
 
     @property
     def metrics(self) -> metrics.Metrics:

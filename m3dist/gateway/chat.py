@@ -38,8 +38,8 @@ class Conversation:
         return {function["name"]: function.get("parameters") or {} for function in functions}
 
 
-def prompt_of(conversation: Conversation, text: Text) -> list[int]:
-    """Token ids of the conversation, up to where the answer begins. Raises BadRequest, naming the field.
+def prompt_of(conversation: Conversation, text: Text) -> str:
+    """The conversation as the model reads it, up to where the answer begins. Raises BadRequest, naming the field.
 
     With tool_choice "none" the model is not shown the tools, so that it does not try to call them.
     """
@@ -47,7 +47,7 @@ def prompt_of(conversation: Conversation, text: Text) -> list[int]:
     _check_messages(conversation.messages)
     messages = _results_in_order(_instructions_joined(conversation.messages))
     try:
-        return text.prompt_ids(messages, conversation.thinking, conversation.tools if conversation.may_call else None)
+        return text.render(messages, conversation.thinking, conversation.tools if conversation.may_call else None)
     except TextError as error:
         raise BadRequest(str(error), "messages") from None
 

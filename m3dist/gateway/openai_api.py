@@ -1,6 +1,5 @@
 """OpenAI's API: /v1/chat/completions, /v1/completions and /v1/models, streamed and whole."""
 
-import asyncio
 import json
 import secrets
 import time
@@ -17,6 +16,7 @@ from m3dist.gateway.answering import (
     Piece,
     begin,
     chat,
+    encode,
     event_stream,
     find_model,
     raw,
@@ -324,7 +324,7 @@ async def create_completion(request: Request, body: CompletionRequest) -> Respon
     services.ranks.check(len(prompts) * count)
     text, choosing = services.ranks.text, choosing_of(body, body.logprobs)
     most = body.max_tokens or DEFAULT_COMPLETION_TOKENS
-    encoded = [await _encode(text, prompt) for prompt in prompts]
+    encoded = [await encode(services, "prompt", each) if isinstance(each, str) else each for each in prompts]
     wanted = [raw(services, ids, choosing, most, body.stop_strings, count) for ids in encoded]
     echoed = [_echo(text, prompt) if body.echo else "" for prompt in prompts for _ in range(count)]
     answers = begin(services, request, wanted)
@@ -338,10 +338,6 @@ def _prompts(prompt: Any) -> list[str | list[int]]:
     """One prompt, or several, each a text or its token ids."""
     single = isinstance(prompt, str) or isinstance(prompt[0], int)
     return [prompt] if single else list(prompt)
-
-
-async def _encode(text: Text, prompt: str | list[int]) -> list[int]:
-    return await asyncio.to_thread(text.encode, prompt) if isinstance(prompt, str) else prompt
 
 
 def _echo(text: Text, prompt: str | list[int]) -> str:

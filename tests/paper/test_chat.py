@@ -27,7 +27,7 @@ def result(text, id=None):
 
 def prompt(*messages, **said):
     """The prompt as text, special tokens and all."""
-    ids = prompt_of(Conversation(list(messages), **said), TEXT)
+    ids = TEXT.encode(prompt_of(Conversation(list(messages), **said), TEXT))
     return TEXT.tokenizer.decode(ids, skip_special_tokens=False)
 
 

@@ -1,6 +1,8 @@
 """OpenAI's API over a real socket, driven by OpenAI's own client; the ranks' answers are scripted."""
 
+import asyncio
 import json
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,9 +12,11 @@ import pytest
 from gateways import DEADLINE, RunningGateway
 from scripted_answers import CITY, TEXT, Script, calls
 
+from m3dist.gateway.prompts import LARGE, Encoder, TooLong
 from m3dist.gateway.schemas_openai import ChatCompletion, Completion, ModelList
 from m3dist.gateway.schemas_responses import Response
 from m3dist.sampling import Sampling
+from m3dist.text import Text
 
 WEATHER: Any = {"type": "function", "function": {"name": "weather", "description": "of a city", "parameters": CITY}}
 HI: Any = [{"role": "user", "content": "hi"}]
@@ -296,6 +300,61 @@ def test_a_prompt_that_is_too_long_says_the_count_and_the_limit(client: openai.O
     with pytest.raises(openai.BadRequestError, match="9000 tokens.* 8192") as caught:
         client.completions.create(model="tiny", prompt=[1] * 9000)
     assert caught.value.code == "context_length_exceeded" and caught.value.param == "prompt"
+
+
+def test_a_prompt_that_is_much_too_long_is_not_encoded(
+    client: openai.OpenAI, http: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor is a grammar made for it. 15 MB would take 8 s and 2 GB."""
+    encoded: list[int] = []
+    encode = Text.encode
+    monkeypatch.setattr(Text, "encode", lambda self, text: encoded.append(len(text)) or encode(self, text))
+    monkeypatch.setattr("m3dist.gateway.answering.grammar_of", lambda conversation: pytest.fail("a grammar was made"))
+    text = "word \u00fcber " * 100_000
+    asked: Any = {"response_format": {"type": "json_object"}}
+    for path, field, body in (
+        ("/v1/completions", "prompt", {"model": "tiny", "prompt": text}),
+        (
+            "/v1/chat/completions",
+            "messages",
+            {"model": "tiny", "messages": [{"role": "user", "content": text}], **asked},
+        ),
+        ("/v1/responses", "input", {"model": "tiny", "input": text}),
+    ):
+        response = post(http, path, body)
+        assert response.status_code == 400
+        error = error_of(response)
+        assert "more than 8192 tokens" in error["message"]
+        assert (error["code"], error["param"]) == ("context_length_exceeded", field)
+    assert encoded and max(encoded) <= LARGE
+
+
+def test_large_prompts_are_encoded_one_after_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And are as they would be in one piece; others are not kept waiting."""
+    at_work: list[int] = []
+    most_at_work = 0
+
+    class Counted:
+        def encode(self, text: str) -> list[int]:
+            nonlocal most_at_work
+            if len(text) > 4:
+                at_work.append(1)
+                most_at_work = max(most_at_work, len(at_work))
+                time.sleep(0.01)
+                at_work.pop()
+            return [ord(character) for character in text]
+
+    monkeypatch.setattr("m3dist.gateway.prompts.LARGE", 4)
+
+    async def test() -> None:
+        encoder, texts = Encoder(), ["abc", *("abcdefgh" * i for i in range(1, 6))]
+        found = await asyncio.gather(*(encoder.encode(Counted(), text, 100) for text in texts))  # type: ignore[arg-type]
+        assert found == [Counted().encode(text) for text in texts]
+        with pytest.raises(TooLong):
+            await encoder.encode(Counted(), "abcdefgh", 7)  # type: ignore[arg-type]
+
+    asyncio.run(test())
+    assert most_at_work == 1
 
 
 def called(arguments: Any) -> list[Any]:
