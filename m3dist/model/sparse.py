@@ -10,6 +10,7 @@ import mlx.core as mx
 
 from m3dist.config import ModelConfig
 from m3dist.model import cpu
+from m3dist.model.dense import summands
 from m3dist.model.tuning import TUNING, backend, writes_scores_out
 
 
@@ -91,14 +92,12 @@ def attend_masked(
     selected = mx.zeros((rows, heads, queries, slots // block_size), dtype=mx.bool_)
     selected = mx.put_along_axis(selected, blocks, mx.array(True), axis=-1)
     seen = mx.repeat(selected, block_size, axis=-1) & (mx.arange(slots) <= positions[:, None, :, None])
-    # Summands, not booleans: CUDA's attention would first write a booleans' mask out for every head of the group.
-    mask = mx.where(seen, mx.array(0, q.dtype), mx.array(-mx.inf, q.dtype))
     out = mx.fast.scaled_dot_product_attention(
         q.reshape(rows * heads, group, queries, dim),
         keys.reshape(rows * heads, 1, slots, dim),
         values.reshape(rows * heads, 1, slots, dim),
         scale=scale,
-        mask=mask.reshape(rows * heads, 1, queries, slots),
+        mask=summands(seen, q.dtype).reshape(rows * heads, 1, queries, slots),
     )
     return out.reshape(q.shape)
 

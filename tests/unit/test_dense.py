@@ -4,6 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from m3dist.model import cpu, dense
 from m3dist.model.dense import attend_causal
 from m3dist.model.positions import Positions
 from m3dist.model.tuning import TUNING, Tuning, backend, writes_scores_out
@@ -44,6 +45,29 @@ def test_scores_are_never_all_in_memory(monkeypatch):
     mx.reset_peak_memory()
     mx.eval(attend_causal(q, keys, keys, positions, 1.0))
     assert mx.get_peak_memory() - held < 10 << 20
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+def test_masks_of_rows_apart_are_summands_and_never_large(monkeypatch, dtype):
+    """Where attention writes no scores out, as on a GPU, what is left are masks: here of up to 128 KiB a query."""
+    masks = []
+
+    def attend(q, keys, values, *, scale, mask):
+        masks.append(mask)
+        return q
+
+    monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", attend)
+    monkeypatch.setattr(dense, "writes_scores_out", lambda *_: False)
+    monkeypatch.setattr(cpu, "usable", lambda *_: False)
+    monkeypatch.setitem(TUNING, backend(), Tuning(1 << 20, masked_slots=0))
+    positions = Positions((8192 - 60, 8192 - 64, 0, 5), 60)
+    q, keys = heads(4, 2, 60, DIM, seed=1).astype(dtype), heads(4, 1, 8192, DIM, seed=2).astype(dtype)
+    assert attend_causal(q, keys, keys, positions, 1.0).shape == q.shape
+    assert sum(mask.shape[2] for mask in masks) == 60
+    assert all(mask.dtype == dtype and mask.nbytes <= 1 << 20 for mask in masks)
+    aligned = Positions((8192 - 60,) * 4, 60)
+    attend_causal(q, keys, keys, aligned, 1.0)
+    assert masks[-1] == "causal" and masks[-2] != "causal"
 
 
 def test_where_scores_are_written_out():
