@@ -68,7 +68,7 @@ class Workers:
         try:
             while (message := self._channels[rank].receive()) is not None:
                 self.reports[rank] = message["report"]
-        except ChannelClosed as error:
+        except Exception as error:  # whatever it is, nothing is heard any more
             if not self._ended:
                 self._lost(f"rank {rank} is gone: {error}")
 
@@ -98,7 +98,7 @@ class Rank0:
                 self._heard.put(message)
                 if "end" in message:
                     return
-        except ChannelClosed as error:
+        except Exception as error:  # as above
             self._lost(f"rank 0 is gone: {error}")
 
 

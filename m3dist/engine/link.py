@@ -20,7 +20,7 @@ from typing import Any
 
 from m3dist.cluster.channel import Channel, ChannelClosed, Message
 from m3dist.cluster.handshake import is_admitted
-from m3dist.errors import CommunicationError
+from m3dist.errors import CommunicationError, M3Error
 
 GATEWAY, SECRET = "M3DIST_GATEWAY", "M3DIST_GATEWAY_SECRET"  # where the gateway listens, and what both know
 LONGEST = 64 * 2**20  # bytes of a message: a long prompt's tokens, a tokenizer
@@ -55,10 +55,10 @@ class Gateway:
         self._heard.put(heard)
 
     def tell(self, message: Mapping[str, Any]) -> None:
-        """Raises CommunicationError where the gateway is gone, or would not read so long a message."""
+        """Raises CommunicationError where the gateway is gone, M3Error for a message too long for it to read."""
         line = json.dumps(message).encode()
         if len(line) >= LONGEST:
-            raise CommunicationError(f"{_in_words(message)} has {len(line)} bytes; the gateway reads {LONGEST - 1}")
+            raise M3Error(f"{_in_words(message)} has {len(line)} bytes; the gateway reads {LONGEST - 1}")
         try:
             self._channel.send_line(line)
         except ChannelClosed as error:
@@ -66,13 +66,15 @@ class Gateway:
 
     def hear(self, wait: bool) -> Any:
         """What was handed on next; None if that is nothing yet, unless told to `wait`. Raises CommunicationError where
-        the gateway is gone, and whatever `take` raised."""
+        the gateway is gone, and RuntimeError where `take` failed."""
         try:
             heard = self._heard.get(block=wait)
         except Empty:
             return None
-        if isinstance(heard, Exception):
+        if isinstance(heard, CommunicationError):
             raise heard
+        if isinstance(heard, BaseException):
+            raise RuntimeError(f"a message of the gateway's could not be taken: {heard}") from heard
         return heard
 
     def _listen(self, take: Callable[[Message], None]) -> None:
@@ -81,7 +83,7 @@ class Gateway:
                 take(message)
         except ChannelClosed as error:
             self.hand_on(CommunicationError(f"the gateway is gone: {error}"))
-        except Exception as error:  # the main thread must end the job
+        except BaseException as error:  # a library's panic is no Exception; the main thread must end the job
             self.hand_on(error)
 
 

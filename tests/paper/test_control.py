@@ -76,6 +76,14 @@ def test_workers_notice_that_rank_0_is_gone():
     assert any("rank 0 is gone" in words for words in lost)
 
 
+def test_a_worker_that_says_what_it_should_not_is_lost():
+    """Rather than never heard again."""
+    workers, others, lost = connected(2)
+    others[0]._channel.send({"nonsense": 1})
+    until(lambda: lost)
+    assert "rank 1 is gone" in lost[0]
+
+
 def test_strangers_are_let_in_nowhere_and_keep_nobody_out():
     arrivals = Arrivals(2)
     addresses = arrivals.listen(["127.0.0.1"], "secret")
