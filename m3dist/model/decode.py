@@ -62,25 +62,18 @@ def attend_pages(q: mx.array, index_q: mx.array, cache: PagedCache, positions: P
     Index keys are read where they stand, and of K and V the chosen pages.
     """
     step, places = positions.pages_step(cache.table, q.dtype, c), cache.table.places(cache.heads)
-    keys, values = cache.gather(_choose_blocks(cache.index_pages, index_q, *step.choice, places))
+    # Apart from the choice, which is traced for every set of shapes: the pool's is none of its.
+    scores = mx.gather_mm(index_q[:, :, 0], cache.index_pages.swapaxes(-1, -2), step.rows, step.choice[0])
+    keys, values = cache.gather(_choose_blocks(scores, *step.choice, places))
     return attend_rows(q, keys, values, c.head_dim**-0.5, step.seen)
 
 
 @fused
-def _choose_blocks(
-    index_pages: mx.array,
-    index_q: mx.array,
-    rows: mx.array,
-    pages: mx.array,
-    bias: mx.array,
-    last: mx.array,
-    places: mx.array,
-) -> mx.array:
+def _choose_blocks(scores: mx.array, pages: mx.array, bias: mx.array, last: mx.array, places: mx.array) -> mx.array:
     """int32 [2, rows, heads, topk]: the blocks of K and V to read, the query's own last.
 
-    Arguments as in PagedCache, PagesStep.choice and Table.places.
+    scores float32 [rows, blocks, heads, block]; the other arguments as in PagesStep.choice and Table.places.
     """
-    scores = mx.gather_mm(index_q[:, :, 0], index_pages.swapaxes(-1, -2), rows, pages)
     best = scores.max(axis=-1).swapaxes(1, 2) + bias
     topk = last.shape[-1]
     order = mx.argpartition(-best, kth=max(0, topk - 2), axis=-1)[..., :topk]

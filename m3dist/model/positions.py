@@ -13,7 +13,7 @@ from m3dist.paged import Table
 
 WASTED = 8192  # slots that rows of unequal length may have read in vain, before they are read apart
 GATHERED = 256 << 20  # bytes of K and V that rows read out of pages at a time; a single row's may be more
-READ_AHEAD = 2048  # index keys are read in whole multiples of so many slots: one shape serves many steps
+READ_AHEAD = 2048  # index keys are read in whole multiples of so many slots, or more: one shape serves many steps
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,13 @@ class Seen:
         self.mask = None if alike else summands[:, None, None]
 
 
+def _blocks_read(blocks: int, size: int) -> int:
+    """Of how many blocks index keys are read where `blocks` are in use: a multiple of READ_AHEAD slots, and of a
+    sixteenth of the next power of two. So contexts of any length have few shapes, each of which MLX traces anew."""
+    ahead = max(1, READ_AHEAD // size, (1 << (blocks - 1).bit_length()) // 16)
+    return -(-blocks // ahead) * ahead
+
+
 class Step:
     """One decode step beyond the block budget: the query's own block is always read, as the last of its blocks.
 
@@ -116,8 +123,8 @@ class Step:
 
     def __init__(self, position: int, capacity: int, c: ModelConfig):
         size, topk = c.sparse_block_size, c.sparse_topk_blocks
-        own, ahead = position // size, max(1, READ_AHEAD // size)
-        blocks = min(-(-(own + 1) // ahead) * ahead, capacity // size)
+        own = position // size
+        blocks = min(_blocks_read(own + 1, size), capacity // size)
         number = np.arange(blocks)
         bias = np.where(number < own, 0.0, -np.inf)  # the own block is chosen apart, later ones not at all
         bias[: c.sparse_init_block] = 1e30
@@ -145,8 +152,7 @@ class PagesStep:
     def __init__(self, starts: Sequence[int], table: Table, dtype: mx.Dtype, c: ModelConfig):
         size, topk, position = c.sparse_block_size, c.sparse_topk_blocks, np.array(starts)[:, None]
         own, numbers = position // size, table.numbers
-        ahead = max(1, READ_AHEAD // size) if on_gpu() else 1
-        number = np.arange(-(-numbers.shape[1] // ahead) * ahead)
+        number = np.arange(_blocks_read(numbers.shape[1], size) if on_gpu() else numbers.shape[1])
         bias = np.where(number < own, 0.0, -np.inf)
         bias[:, : c.sparse_init_block] = 1e30
         bias[(own - c.sparse_local_block < number) & (number < own)] = np.inf
@@ -155,8 +161,8 @@ class PagesStep:
         last[:, -1:] = own
         known = np.take_along_axis(numbers, np.maximum(last, 0), axis=1)
         width = ((0, 0), (0, number.size - numbers.shape[1]))
+        self.rows = mx.array(np.arange(len(starts), dtype=np.uint32)[:, None])  # their numbers, [rows, 1]
         self.choice = (  # what a choice among the pages' scores needs
-            mx.array(np.arange(len(starts), dtype=np.uint32)[:, None]),  # rows
             mx.array(np.pad(numbers, width), dtype=mx.uint32),  # pages [rows, blocks]
             mx.array(bias[:, None], dtype=mx.float32),  # [rows, 1, blocks], added to their scores
             mx.array(np.where(last < 0, -1, known)[:, None], dtype=mx.int32),  # pages [rows, 1, topk]; -1: the best

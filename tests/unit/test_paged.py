@@ -8,7 +8,7 @@ from small_random import SMALL, build, plan_of
 
 from m3dist.bench.subject import random_inventory
 from m3dist.comm import Comm
-from m3dist.model import Model, cpu, positions
+from m3dist.model import Model, cpu, decode, positions
 from m3dist.options import BenchOptions
 from m3dist.paged import PagePool
 from m3dist.plan import make_plan
@@ -98,6 +98,27 @@ def test_as_on_a_gpu(monkeypatch):
     rows = Rows(MODEL, lengths := [2 * BUDGET + 5, 3, BUDGET - 1])
     rows.step(lengths)
     rows.step()
+
+
+def test_shapes_on_a_gpu_are_few(monkeypatch):
+    """What is traced for every set of shapes sees few, however long rows get and whatever the size of the pool."""
+    traced, choose = set(), decode._choose_blocks
+
+    def noting(*arguments: mx.array) -> mx.array:
+        traced.add(tuple(x.shape for x in arguments))
+        return choose(*arguments)
+
+    monkeypatch.setattr(decode, "_choose_blocks", noting)
+    monkeypatch.setattr(positions, "on_gpu", lambda: True)
+    monkeypatch.setattr(cpu, "usable", lambda *arrays: False)
+    pool, sizes = PagePool(MODEL, PAGE, 1101), set()
+    for end in range(40, 1100, 40):
+        MODEL.hidden(mx.ones((2, 1), mx.int32), pool.view([range(2, end + 2), [1]], [end * PAGE - 1, 9], 1))
+        sizes.add(pool.pages)
+    assert len(sizes) > 5 and len(traced) <= 1100 * PAGE // positions.READ_AHEAD + 1
+    blocks = [positions._blocks_read(n, 128) for n in range(1, 8193)]  # M3's, of a million tokens
+    assert len(set(blocks)) <= 60
+    assert all(n <= read < n + max(16, n / 8) for n, read in enumerate(blocks, start=1))
 
 
 CHANGES = {
