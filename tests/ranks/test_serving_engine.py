@@ -216,6 +216,26 @@ def test_an_answer_that_follows_a_grammar_beside_others(server):
     assert emitted + replayed.tokens == whole
 
 
+def test_answers_that_cannot_go_on_or_are_not_wanted_while_steps_are_under_way(server):
+    """A grammar that breaks llguidance's limits in the middle of an answer, and masked rows that go at any time."""
+    beside = server.submit(prompt(60, 44), 40)
+    ways = " | ".join(f'"a" "{number}"' for number in range(2500))  # more than the parser follows at a time
+    lost = server.submit(prompt(20, 1), 60, grammar=f"start: DIGITS ({ways})\nDIGITS: /[0-9]{{6}}/")
+    leaving = [server.submit(prompt(25 + n, n), 300, grammar="start: /[a-z ]{500}/", client="b") for n in range(3)]
+    for count, number in enumerate(leaving, 1):
+        server.wait_for(lambda: len(server.answers[number].tokens) > count)  # noqa: B023
+        server.cancel(number)
+    [answer] = server.ends(lost)
+    assert answer.reason == "error" and "does not follow the grammar" in answer.message
+    assert len(text().decode(answer.tokens)) == 6 and text().decode(answer.tokens).isdigit()
+    assert server.ends(beside)[0].tokens == greedy(prompt(60, 44), 40)
+    again = server.submit(prompt(25, 0), 12, grammar="start: /[a-z ]{500}/")
+    assert server.ends(again)[0].tokens[:2] == server.answers[leaving[0]].tokens[:2]
+    server.wait_for(lambda: server.stats[-1]["running"] == 0)
+    assert server.stats[-1]["pages"]["used"] == 0
+    assert all(server.answers[number].reason is None for number in leaving)
+
+
 def test_a_replay_goes_on_where_the_answer_was(server):
     """As after a fall of the ranks: with the tokens so far, among them those that penalties count."""
     kinds = [{"temperature": 0}, *KINDS[:6]]
@@ -282,8 +302,13 @@ def test_the_ranks_end_with_the_gateway():
 
 
 def test_a_busy_server_ends_in_good_order_when_told():
+    """Also while a grammar is compiled, which takes a second."""
     with Server(2) as server:
         running(server)
+        slow = "start: r0\n" + "".join(f'r{n}: "a" r{n + 1}\n' for n in range(24_000)) + 'r24000: "a"\n'
+        server.submit(prompt(5), 5, client="b", grammar=slow)
+        server.submit(prompt(9, 3), 5000, sampling={"temperature": 1.0, "top_k": 0}, client="c")
+        server.wait_for(lambda: server.answers[3].tokens)
         assert server.stop() == [0, 0]
 
 
