@@ -61,8 +61,22 @@ def find_model(services: Any, name: str) -> str:
     return name
 
 
+def check_count(services: Any, request: Request, count: int, prompts: int = 1) -> None:
+    """Raise BadRequest where `count` answers to each of `prompts` can never be taken, Busy or Unavailable if not now.
+
+    To be called before any work is done for them.
+    """
+    ranks = services.ranks
+    if count * prompts > ranks.most:
+        field = "n" if count > 1 else "prompt"
+        told = f"{field}: {count * prompts} answers at a time are more than this server takes, {ranks.most}"
+        raise BadRequest(told, field)
+    ranks.check(count * prompts, request.state.client)
+
+
 async def chat(
     services: Any,
+    request: Request,
     conversation: Conversation,
     choosing: Choosing,
     max_tokens: int | None,
@@ -74,7 +88,7 @@ async def chat(
 
     Raises BadRequest; and before any work is done for it, Busy or Unavailable.
     """
-    services.ranks.check(count)
+    check_count(services, request, count)
     prompt = await prompt_ids(services, conversation, field, places)
     room = _room(services, field, prompt)
     grammar = await asyncio.to_thread(grammar_of, conversation)
@@ -144,10 +158,13 @@ def _work(
     vocab_size = services.ranks.facts["vocab_size"]
     _check_tokens(choosing.logit_bias, "logit_bias", vocab_size)
     _check_tokens(choosing.stop_ids, "stop_token_ids", vocab_size)
+    own = services.ranks.text.stop_ids
+    # After the end of what a grammar allows there are only these: the answer would go on with them, unseen.
+    ends = grammar is not None or not choosing.ignore_eos
     return Work(
         prompt=prompt,
         max_tokens=min(max_tokens or room, room),
-        stop_ids=tuple(sorted({*([] if choosing.ignore_eos else services.ranks.text.stop_ids), *choosing.stop_ids})),
+        stop_ids=tuple(sorted({*(own if ends else ()), *choosing.stop_ids})),
         sampling=_sampling(choosing, _defaults(services.ranks.files)),
         grammar=grammar,
     )
@@ -216,7 +233,7 @@ class Choice:
                 self.reasoning_tokens = self.tokens
             yield Piece(self, events, token, self._offset(token.id))
             if self.answer.stopped:
-                self.stream.cancel()
+                self.stream.complete()
                 break
         events = self.answer.finish()
         self.finish_reason = self.answer.finish_reason(self.stream.finish or "stop")
@@ -306,6 +323,7 @@ def begin(services: Any, request: Request, prompts: Sequence[Wanted]) -> Answers
     What is begun ends with the HTTP request, see access.py.
     """
     text = services.ranks.text
+    services.ranks.check(sum(wanted.count for wanted in prompts), request.state.client)  # all, or none
     choices: list[Choice] = []
     for wanted in prompts:
         for i in range(wanted.count):

@@ -51,7 +51,7 @@ async def create_message(request: Request, body: MessageRequest) -> Response:
     refuse(body, REFUSED)
     conversation, places = conversation_of(body, tuple(body.stop_sequences or ()))
     choosing = Choosing(temperature=body.temperature, top_p=body.top_p, top_k=body.top_k)
-    wanted = await chat(services, conversation, choosing, body.max_tokens, places=places)
+    wanted = await chat(services, request, conversation, choosing, body.max_tokens, places=places)
     answers = begin(services, request, [wanted])
     head = {"id": new_id("msg_"), "type": "message", "role": "assistant", "model": model}
     if body.stream:

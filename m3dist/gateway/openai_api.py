@@ -16,6 +16,7 @@ from m3dist.gateway.answering import (
     Piece,
     begin,
     chat,
+    check_count,
     encode,
     event_stream,
     find_model,
@@ -91,7 +92,7 @@ async def create_chat_completion(request: Request, body: ChatRequest) -> Respons
     conversation = conversation_of(body, services.options.thinking)
     max_tokens = body.max_completion_tokens or body.max_tokens
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    wanted = await chat(services, conversation, choosing_of(body, logprobs), max_tokens, body.n or 1)
+    wanted = await chat(services, request, conversation, choosing_of(body, logprobs), max_tokens, body.n or 1)
     answers = begin(services, request, [wanted])
     head = {"id": new_id("chatcmpl-"), "created": int(time.time()), "model": model}
     text = services.ranks.text
@@ -321,7 +322,7 @@ async def create_completion(request: Request, body: CompletionRequest) -> Respon
     if body.echo and body.logprobs is not None:
         raise BadRequest("echo cannot go with logprobs: m3dist gives log probabilities of answers only", "echo")
     prompts, count = _prompts(body.prompt), body.n or 1
-    services.ranks.check(len(prompts) * count)
+    check_count(services, request, count, len(prompts))
     text, choosing = services.ranks.text, choosing_of(body, body.logprobs)
     most = body.max_tokens or DEFAULT_COMPLETION_TOKENS
     encoded = [await encode(services, "prompt", each) if isinstance(each, str) else each for each in prompts]

@@ -34,10 +34,10 @@ STREAMS: ContextVar["list[Stream] | None"] = ContextVar("streams", default=None)
 
 
 class Busy(M3Error):
-    """The queue is full. `retry_after`: seconds."""
+    """The queue is full, or one client's share of it. `retry_after`: seconds."""
 
-    def __init__(self, retry_after: float):
-        super().__init__("too many requests are waiting; try again later")
+    def __init__(self, retry_after: float, who: str = "too many requests"):
+        super().__init__(f"{who} are waiting; try again later")
         self.retry_after = retry_after
 
 
@@ -133,6 +133,11 @@ class Stream:
         self._unread.clear()
         self.end(None, "cancelled")
 
+    def complete(self) -> None:
+        """What came is the whole answer, whatever else the ranks would say. May be called again, and after the end."""
+        self._unread.clear()
+        self.end("stop", "stop")
+
     def take(self, token: Token, metrics: Metrics) -> None:
         """The ranks' next token."""
         now = time.monotonic()
@@ -222,12 +227,24 @@ class Ranks:
     def takes_requests(self) -> bool:
         return self.state.phase not in NOT_TAKING
 
-    def check(self, more: int = 1) -> None:
-        """Raises Busy or Unavailable where `more` requests would not be taken now."""
+    @property
+    def most(self) -> int:
+        """Requests that are taken at a time."""
+        return self._most
+
+    def check(self, more: int = 1, client: str | None = None) -> None:
+        """Raises Busy or Unavailable where `more` requests, of `client`, would not be taken now.
+
+        A client that has more than half of all places gets no more, so that there are some for others.
+        """
         if not self.takes_requests:
             raise Unavailable(self._why_not(), self._until_ready())
+        retry_after = _within(self._seconds / self._rows, *RETRY)
         if len(self._unfinished) + more > self._most:
-            raise Busy(_within(self._seconds / self._rows, *RETRY))
+            raise Busy(retry_after)
+        held = sum(stream.request.client == client for stream in self._unfinished.values())
+        if more and 2 * held > self._most:
+            raise Busy(retry_after, f"{held} requests of yours")
 
     def submit(self, work: Work, client: str) -> Stream:
         """Have `work` done for `client`, a name by which rows are shared out. Raises Busy and Unavailable."""
@@ -279,7 +296,7 @@ class Ranks:
         if how in ("stop", "length"):
             taken = time.monotonic() - (limit.when() - self._request_limit)
             self._seconds += (taken - self._seconds) / 8
-        elif stream.handed and self._link:
+        if stream.handed and self._link:
             self._link.send({"cancel": id})
         self.metrics.requests.labels(how).inc()
         if not self._unfinished:
@@ -422,6 +439,7 @@ class Ranks:
         if reason == "error":
             stream.fail(RequestFailed(str(message.get("message")), 400))
         else:
+            stream.handed = False  # it is no longer with them
             stream.end(reason, reason)
 
     def _take_stats(self, message: Mapping[str, Any]) -> None:

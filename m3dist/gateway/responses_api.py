@@ -49,7 +49,7 @@ async def create_response(request: Request, body: ResponseRequest) -> HttpRespon
     shows_logprobs = body.top_logprobs is not None or LOGPROBS in (body.include or ())
     choosing = choosing_of(body, body.top_logprobs or 0 if shows_logprobs else None)
     conversation, places = conversation_of(body, services.options.thinking)
-    wanted = await chat(services, conversation, choosing, body.max_output_tokens, field="input", places=places)
+    wanted = await chat(services, request, conversation, choosing, body.max_output_tokens, field="input", places=places)
     made = Making(body, begin(services, request, [wanted]), services.ranks.text)
     if body.stream:
         return event_stream(made.events(), made.failed)

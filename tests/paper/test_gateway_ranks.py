@@ -138,6 +138,26 @@ def test_cancelling():
     run(test, rows=1, queue=0)
 
 
+def test_an_answer_that_is_complete_before_the_ranks_say_so():
+    """As after a stop string: it has ended as answers do, and the ranks are told."""
+
+    async def test(cluster: Cluster) -> None:
+        life = await cluster.start(pace=0.02)
+        stream = cluster.submit([1], max_tokens=1000)
+        await anext(stream)
+        stream.complete()
+        stream.complete()
+        assert [token async for token in stream] == []
+        assert stream.finish == "stop"
+        await until(lambda: life.cancelled == [stream.request.id])
+        ended = cluster.ranks.metrics.requests
+        assert [ended.labels(how)._value.get() for how in ("stop", "cancelled")] == [1, 0]
+        await answer_of(cluster.submit([2], max_tokens=3))
+        assert life.cancelled == [stream.request.id]  # what the ranks ended need not be cancelled
+
+    run(test)
+
+
 def test_a_reader_that_does_not_read(monkeypatch):
     """Its answer is dropped, and the others' go on."""
     monkeypatch.setattr("m3dist.gateway.ranks.UNREAD", 50)
@@ -472,6 +492,26 @@ def test_the_queue_is_bounded():
         assert await answer_of(cluster.submit([9])) == answer_to([9], 20)
 
     run(test, rows=2, queue=3)
+
+
+def test_a_client_gets_no_more_than_half_of_the_queue():
+    """And one request more; whatever it holds, others are served."""
+
+    async def test(cluster: Cluster) -> None:
+        life = await cluster.start(rows=2)
+        life.stall()
+        ranks = cluster.ranks
+        for prompt in range(4):
+            ranks.check(1, "greedy")
+            cluster.submit([prompt], client="greedy")
+        with pytest.raises(Busy, match="4 requests of yours"):
+            ranks.check(1, "greedy")
+        ranks.check(0, "greedy")
+        ranks.check(2, "other")
+        with pytest.raises(Busy, match="too many"):
+            ranks.check(3, "other")
+
+    run(test, rows=2, queue=4)
 
 
 def test_a_request_that_takes_too_long():

@@ -248,6 +248,47 @@ def test_formats_and_forced_calls_become_grammars(client: openai.OpenAI, script:
     assert script.asked().grammar is None and "<tools>" not in script.prompt()
 
 
+def test_a_grammar_ends_at_the_stop_tokens_whatever_the_client_ignores(http: httpx.Client, script: Script) -> None:
+    """Only they are allowed after its end: the answer would go on with them, unseen, to its full length."""
+    script.says("</mm:think>{}")
+    for more, stop_ids in (({}, ()), ({"response_format": {"type": "json_object"}}, tuple(sorted(TEXT.stop_ids)))):
+        assert post(http, "/v1/chat/completions", {**CHAT, "ignore_eos": True, **more}).status_code == 200
+        assert script.asked().stop_ids == stop_ids
+
+
+def test_an_answer_that_a_stop_string_ended_has_ended(
+    gateway: RunningGateway, http: httpx.Client, script: Script
+) -> None:
+    """It is not counted among those that clients gave up."""
+
+    def counted(how: str) -> float:
+        line = f'm3dist_requests_total{{end="{how}"}} '
+        return sum(
+            float(each.removeprefix(line)) for each in http.get("/metrics").text.splitlines() if each.startswith(line)
+        )
+
+    before = counted("stop"), counted("cancelled")
+    script.says("</mm:think>one two " + "three " * 100)
+    answer = post(http, "/v1/chat/completions", {**CHAT, "stop": "two"}).json()["choices"][0]
+    assert (answer["message"]["content"], answer["finish_reason"]) == ("one ", "stop")
+    assert (counted("stop"), counted("cancelled")) == (before[0] + 1, before[1])
+    gateway.wait_for(lambda: script.asked().id in script.ranks.cancelled)
+
+
+def test_more_answers_than_a_server_can_take_are_400() -> None:
+    """Not 429: the client would ask again for ever."""
+    with RunningGateway(rows=2, queue=2) as gateway, httpx.Client(base_url=gateway.url, timeout=DEADLINE) as http:
+        gateway.start_ranks()
+        for path, fields, param in (
+            ("/v1/chat/completions", {"messages": HI, "n": 5}, "n"),
+            ("/v1/completions", {"prompt": ["a", "b", "c"], "n": 2}, "n"),
+            ("/v1/completions", {"prompt": ["a", "b", "c", "d", "e"]}, "prompt"),
+        ):
+            response = post(http, path, {"model": "tiny", **fields})
+            assert (response.status_code, error_of(response)["param"]) == (400, param)
+        assert post(http, "/v1/completions", {"model": "tiny", "prompt": "a", "n": 4}).status_code == 200
+
+
 def test_fields_that_are_not_known_are_ignored(client: openai.OpenAI, script: Script) -> None:
     script.says("</mm:think>x")
     answer = client.chat.completions.create(
