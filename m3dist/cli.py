@@ -5,7 +5,6 @@ Every value is checked here, before any process starts: a bad flag is one line t
 
 import argparse
 import io
-import ipaddress
 import math
 import os
 import re
@@ -54,6 +53,7 @@ from m3dist.options import (
     GenerateOptions,
     LinksOptions,
     ServeOptions,
+    is_loopback,
 )
 from m3dist.watchdog import EXIT_PEER_LOST, START, bounds, seconds, within_bounds
 
@@ -263,14 +263,6 @@ def check_exposed(parser: argparse.ArgumentParser, options: ServeOptions, keys: 
             f"argument --host: {options.host} can be reached from other machines: give --api-key-file (or {API_KEY}), "
             "or --insecure to let everybody in"
         )
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach an address."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def api_keys(parser: argparse.ArgumentParser, args: argparse.Namespace) -> tuple[str, ...]:

@@ -1,5 +1,6 @@
 """What the verbs were asked to do, and the words their flags know. No MLX."""
 
+import ipaddress
 from dataclasses import dataclass
 
 THINKING = ("enabled", "adaptive", "disabled")
@@ -157,3 +158,11 @@ class LinksOptions:
     sizes: tuple[int, ...] = tuple(sorted([4**power for power in range(1, 13)] + [DECODE_SUM]))
     repeats: int = 50  # >= 1, at most so many runs for each figure
     json: bool = False  # end with one JSON line
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach an address: then a server there needs no key, see `ServeOptions.host`."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

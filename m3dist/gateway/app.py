@@ -15,9 +15,8 @@ from m3dist.gateway.errors import BadRequest, body_for
 from m3dist.gateway.limits import Keys
 from m3dist.gateway.prompts import Encoder
 from m3dist.gateway.ranks import Busy, Ranks, RequestFailed, Unavailable
-from m3dist.options import ServeOptions
+from m3dist.options import ServeOptions, is_loopback
 
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
 ROUTERS = (health.router, metrics.router, openai_api.router, responses_api.router, anthropic_api.router)
 
 
@@ -59,7 +58,7 @@ def create_app(services: Services, *more: APIRouter) -> FastAPI:
 def create_access(services: Services, app: FastAPI) -> Access:
     """The application with all that stands around it, as uvicorn runs it."""
     options = services.options
-    local = not services.keys and options.host in LOOPBACK
+    local = not services.keys and is_loopback(options.host)
     return Access(app, services.keys, services.metrics, options.request_limit, local)
 
 

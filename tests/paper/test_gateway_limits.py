@@ -121,6 +121,14 @@ def test_names_of_this_machine(gateway: RunningGateway, host: str):
     assert response.status_code == HOSTS[host]
 
 
+@pytest.mark.parametrize(("host", "status"), [("127.0.0.2", 403), ("127.0.0.1", 403), ("0.0.0.0", 404)])
+def test_names_of_this_machine_at_all_of_its_own_addresses(host: str, status: int):
+    """At all for which m3dist serve asks for no key."""
+    with RunningGateway(host=host) as gateway:
+        response = httpx.get(f"{gateway.url}/v1/nothing", headers={"host": "page.example"})
+        assert response.status_code == status
+
+
 def test_other_names_with_a_key():
     with RunningGateway(keys=KEYS) as gateway:
         for host in ("mac1.example", "[", "a b", "\xff"):
