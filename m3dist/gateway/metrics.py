@@ -45,6 +45,9 @@ class Metrics:
         self.pages = Gauge(
             "m3dist_cache_pages", "Pages of the cache: total, used, cached (used by none)", ["state"], registry=registry
         )
+        self.bytes = Gauge(
+            "m3dist_cache_bytes", "Bytes of these pages, of all ranks together", ["state"], registry=registry
+        )
         self.page_tokens = Gauge("m3dist_cache_page_tokens", "Tokens of a page", registry=registry)
         ranks = ["rank", "host"]
         self.weights = Gauge("m3dist_rank_weights_bytes", "Bytes of weights a rank holds", ranks, registry=registry)
@@ -55,6 +58,7 @@ class Metrics:
             ranks,
             registry=registry,
         )
+        self._page_bytes: int | None = None
         self._prefix = {"hits": 0.0, "misses": 0.0}
 
     def watch(self, waiting: Callable[[], int], running: Callable[[], int], ready: Callable[[], bool]) -> None:
@@ -63,21 +67,29 @@ class Metrics:
         self.running.set_function(running)
         self.ready.set_function(ready)
 
-    def new_life(self, hosts: Sequence[str], page_size: int, weights_bytes: Sequence[int]) -> None:
-        """The ranks are ready, and count from 0."""
-        self._hosts = list(hosts)
+    def new_life(
+        self, hosts: Sequence[str], page_size: int, weights_bytes: Sequence[int], page_bytes: int | None = None
+    ) -> None:
+        """The ranks are ready, and count from 0. `page_bytes`: of a page, on all ranks; None: they do not say."""
+        self.end_life()
+        self._hosts, self._page_bytes = list(hosts), page_bytes
         self._prefix = {"hits": 0.0, "misses": 0.0}
         self.page_tokens.set(page_size)
-        for gauge in (self.weights, self.step, self.sum):
-            gauge.clear()
         for rank, size in enumerate(weights_bytes):
             self.weights.labels(*self._labels(rank)).set(size)
+
+    def end_life(self) -> None:
+        """The ranks are gone, and what they held."""
+        for gauge in (self.weights, self.step, self.sum, self.pages, self.bytes):
+            gauge.clear()
 
     def take_stats(self, stats: Mapping[str, Any]) -> None:
         """Rank 0's stats message. Raises LinkLost where it is none."""
         for state, pages in mapped(stats.get("pages", {}), "stats: pages").items():
             if state in ("total", "used", "cached"):
                 self.pages.labels(state).set(number(pages, f"stats: pages: {state}"))
+                if self._page_bytes is not None:
+                    self.bytes.labels(state).set(pages * self._page_bytes)
         prefix = mapped(stats.get("prefix", {}), "stats: prefix")
         for name, counter in (("hits", self.hits), ("misses", self.misses)):
             now = number(prefix.get(name, 0), f"stats: prefix: {name}")

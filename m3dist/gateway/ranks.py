@@ -400,7 +400,8 @@ class Ranks:
         for name in ("page_size", "pages", "context", "vocab_size", "rows"):
             whole(facts.get(name), f"ready: {name}", least=1)
         weights = [whole(size, "weights_bytes") for size in listed(facts.get("weights_bytes", []), "weights_bytes")]
-        self.metrics.new_life(self._hosts, facts["page_size"], weights[: len(self._hosts)])
+        page_bytes = whole(facts["page_bytes"], "ready: page_bytes") if "page_bytes" in facts else None
+        self.metrics.new_life(self._hosts, facts["page_size"], weights[: len(self._hosts)], page_bytes)
         self.facts, self._computing, self._answered = dict(facts), True, False
         self._enter("ready")
         self._tell("ready")
@@ -488,6 +489,7 @@ class Ranks:
         if self._link is not None:
             self._link.close()
         self._link, self._computing = None, False
+        self.metrics.end_life()
         suspects = set(self._part_of_fall())
         for stream in list(self._unfinished.values()):
             stream.falls += stream.request.id in suspects

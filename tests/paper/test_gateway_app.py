@@ -257,6 +257,19 @@ def test_health_is_truthful():
         assert "mac2 was killed 5 times" in refused()
 
 
+def test_health_tells_strangers_no_reasons():
+    with RunningGateway(keys=("secret-key",)) as gateway:
+        gateway.call(gateway.ranks.down, "rank 1 on mac2 was killed by SIGKILL")
+        assert "reason" not in httpx.get(f"{gateway.url}/health").json()
+        known = {"authorization": "Bearer secret-key"}
+        assert "mac2" in httpx.get(f"{gateway.url}/health", headers=known).json()["reason"]
+
+
+def test_health_without_its_body(client: httpx.Client):
+    response = client.head("/health")
+    assert (response.status_code, response.content) == (200, b"")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Metrics and log
 
@@ -307,7 +320,26 @@ def test_metrics():
     }
     assert {name: found.get(name) for name in expected} == expected
     assert ("m3dist_rank_sum_seconds", "mac2", "1") not in found
+    assert not any(name.startswith("m3dist_cache_bytes") for name, *_ in found)  # these ranks do not say it
     assert 10 * 0.001 < found[("m3dist_time_per_token_seconds_sum",)] < 5
+
+
+def test_metrics_of_ranks_are_theirs():
+    """Bytes of the cache where they say a page's; nothing of ranks that are down."""
+    with RunningGateway() as gateway:
+        life = gateway.start_ranks(ready=False)
+        facts = {"page_size": 16, "pages": 1000, "context": 8192, "vocab_size": 1024, "rows": 4}
+        life.say({"ready": {**facts, "weights_bytes": [100, 200], "page_bytes": 2048}})
+        life.say({"stats": {"pages": {"total": 1000, "used": 7}, "ranks": [{"step_seconds": 0.02}]}})
+        gateway.wait_for(lambda: gateway.ranks.stats)
+        text = httpx.get(f"{gateway.url}/metrics").text
+        assert 'm3dist_cache_bytes{state="used"} 14336.0' in text
+        assert 'm3dist_rank_weights_bytes{host="mac2",rank="1"} 200.0' in text
+        gateway.call(gateway.ranks.down, "killed")
+        text = httpx.get(f"{gateway.url}/metrics").text
+        assert "m3dist_ranks_ready 0.0" in text
+        assert not any(f"m3dist_{name}{{" in text for name in ("cache_bytes", "cache_pages", "rank_weights_bytes"))
+        assert "m3dist_rank_step_seconds{" not in text
 
 
 def test_the_log(gateway: RunningGateway, client: httpx.Client, capsys: pytest.CaptureFixture[str]):
