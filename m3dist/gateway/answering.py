@@ -362,8 +362,8 @@ def sse(data: Mapping[str, Any], event: str | None = None) -> bytes:
     return f"{name}data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n".encode()
 
 
-def event_stream(events: AsyncIterator[bytes], failed: Callable[[str], bytes]) -> StreamingResponse:
-    """`events` as a response; where they break off, `failed` makes the API's error event of the reason."""
+def event_stream(events: AsyncIterator[bytes], failed: Callable[[str, int], bytes]) -> StreamingResponse:
+    """`events` as a response; where they break off, `failed` makes the API's error event of reason and status."""
     return StreamingResponse(
         _told(events, failed),
         media_type="text/event-stream",
@@ -371,9 +371,9 @@ def event_stream(events: AsyncIterator[bytes], failed: Callable[[str], bytes]) -
     )
 
 
-async def _told(events: AsyncIterator[bytes], failed: Callable[[str], bytes]) -> AsyncIterator[bytes]:
+async def _told(events: AsyncIterator[bytes], failed: Callable[[str, int], bytes]) -> AsyncIterator[bytes]:
     try:
         async for event in events:
             yield event
     except RequestFailed as error:  # the status is sent already
-        yield failed(str(error))
+        yield failed(error.message, error.status)

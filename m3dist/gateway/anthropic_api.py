@@ -238,5 +238,5 @@ def _event(type: str, **values: Any) -> bytes:
     return sse({"type": type, **values}, type)
 
 
-def _error_event(message: str) -> bytes:
-    return sse(body_for("/v1/messages", 500, message), "error")
+def _error_event(message: str, status: int) -> bytes:
+    return sse(body_for("/v1/messages", status, message), "error")

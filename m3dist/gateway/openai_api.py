@@ -306,8 +306,8 @@ def _deltas(event: Event) -> Iterator[dict[str, Any]]:
         yield {"tool_calls": [{"index": event.index, "function": {"arguments": arguments(event)}}]}
 
 
-def _error_event(message: str) -> bytes:
-    return sse(body_for("/v1/chat/completions", 500, message))
+def _error_event(message: str, status: int) -> bytes:
+    return sse(body_for("/v1/chat/completions", status, message))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -166,9 +166,10 @@ class Making:
         self._end()
         yield self._event(f"response.{self._response['status']}", response=self._response)
 
-    def failed(self, message: str) -> bytes:
+    def failed(self, message: str, status: int) -> bytes:
         """The last event of a response that is not completed."""
-        self._response |= {"status": "failed", "error": {"code": "server_error", "message": message}}
+        code = "server_error" if status >= 500 else "invalid_prompt"  # of OpenAI's codes the one for a client's fault
+        self._response |= {"status": "failed", "error": {"code": code, "message": message}}
         return self._event("response.failed", response=self._response)
 
     def _event(self, type: str, **values: Any) -> bytes:

@@ -124,7 +124,7 @@ class Completing(Sampled):
 
     n: Annotated[int, Field(ge=1, le=16), WHOLE] | None = None
     max_tokens: Count | None = None
-    stop: StopString | StopStrings | None = None
+    stop: Annotated[StopString | StopStrings | None, BeforeValidator(lambda stop: None if stop == "" else stop)] = None
     stream_options: StreamOptions | None = None
 
     @property
@@ -163,11 +163,20 @@ class OpenAIError(Model):
 # Chat completions: what comes in
 
 
+def refusal_as_text(part: Any) -> Any:
+    """A part with the words in which a model refused, as clients send it back to us, as a part with text."""
+    if isinstance(part, dict) and part.get("type") == "refusal" and isinstance(part.get("refusal"), str):
+        return {"type": "text", "text": part["refusal"]}
+    return part
+
+
 class TextPart(Model):
     """A part of a message. m3dist reads text only."""
 
     type: Literal["text"]
     text: str
+
+    _refusal = model_validator(mode="before")(refusal_as_text)
 
 
 class FunctionCalled(Model):

@@ -16,6 +16,7 @@ from m3dist.gateway.schemas_openai import (
     SomeItems,
     ToolName,
     few,
+    refusal_as_text,
 )
 
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -39,6 +40,8 @@ class InputText(Model):
 
     type: Literal["input_text", "output_text", "text"]
     text: str
+
+    _refusal = model_validator(mode="before")(refusal_as_text)
 
 
 class InputMessage(Model):
@@ -206,7 +209,7 @@ class ResponseUsage(Model):
 
 
 class ResponseError(Model):
-    code: Literal["server_error"]
+    code: Literal["server_error", "invalid_prompt"]
     message: str
 
 

@@ -10,6 +10,7 @@ import pytest
 from gateways import DEADLINE, RunningGateway
 from scripted_answers import CITY, TEXT, Script, calls
 
+from m3dist.gateway.ranks import RequestFailed
 from m3dist.gateway.schemas_anthropic import MessageAnswer, TokenCount
 
 WEATHER: Any = {"name": "weather", "description": "of a city", "input_schema": CITY}
@@ -188,6 +189,24 @@ def test_a_message_that_breaks_off_says_why(client: anthropic.Anthropic, script:
         script.ranks.say({"ended": script.asked().id, "reason": "error", "message": "no more"})
         with pytest.raises(anthropic.APIStatusError, match="no more"):
             list(events)
+
+
+@pytest.mark.parametrize(
+    ("status", "type"),
+    [(400, "invalid_request_error"), (500, "api_error"), (503, "overloaded_error"), (504, "timeout_error")],
+)
+def test_a_message_that_breaks_off_has_the_type_of_its_status(
+    gateway: RunningGateway, client: anthropic.Anthropic, script: Script, status: int, type: str
+) -> None:
+    script.says("word " * 200)
+    with client.messages.stream(**ASK) as stream:
+        events = iter(stream)
+        next(events)
+        under_way = gateway.ranks._unfinished[script.asked().id]
+        gateway.call(under_way.fail, RequestFailed("no more", status))
+        with pytest.raises(anthropic.APIStatusError) as caught:
+            list(events)
+    assert caught.value.body["error"] == {"type": type, "message": "no more"}  # type: ignore[index]
 
 
 def test_an_unknown_model_is_404(client: anthropic.Anthropic) -> None:

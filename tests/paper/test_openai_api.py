@@ -320,8 +320,9 @@ def test_an_answer_that_breaks_off_says_why(client: openai.OpenAI, script: Scrip
     next(stream)
     next(stream)  # with the first token, which is of a row
     script.ranks.say({"ended": script.asked().id, "reason": "error", "message": "the grammar is too large"})
-    with pytest.raises(openai.APIError, match="the grammar is too large"):
+    with pytest.raises(openai.APIError, match="the grammar is too large") as caught:
         list(stream)
+    assert caught.value.type == "invalid_request_error"  # the request's own fault
 
 
 def test_an_unknown_model_is_404(client: openai.OpenAI) -> None:
@@ -436,7 +437,7 @@ def schema(value: Any) -> dict[str, Any]:
         ({"logit_bias": {"1024": 1}}, "logit_bias"),
         ({"logit_bias": {"5": 101}}, "logit_bias.5"),
         ({"logit_bias": {str(i): 1 for i in range(9000)}}, "logit_bias"),
-        ({"stop": ""}, "stop"),
+        ({"stop": [""]}, "stop[0]"),
         ({"stop": [1]}, "stop[0]"),
         ({"stop": ["a"] * 17}, "stop"),
         ({"stop_token_ids": [1024]}, "stop_token_ids"),
@@ -525,6 +526,7 @@ def test_a_body_must_say_that_it_is_json(http: httpx.Client) -> None:
         {"messages": [{"role": "user", "content": [{"type": "text", "text": "]~b]ai\n[e~["}]}]},
         {"messages": [*HI, {"role": "assistant", "content": None}]},
         {"seed": -(2**63), "n": 2.0},
+        {"stop": "", "messages": [*HI, {"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}]}, *HI]},
         {"stop": None, "tools": [], "logit_bias": {}, "max_tokens": 2**31 - 1},
         {"x": json.loads("[" * 98 + "]" * 98)},
         {"tools": [{"type": "function", "function": {"name": "a", "parameters": {"type": 5, "properties": [1]}}}]},
@@ -622,6 +624,15 @@ def test_a_conversation_of_items(client: openai.OpenAI, script: Script) -> None:
     assert "]~b]developer\nBe brief." in script.prompt()
 
 
+def test_refusals_are_text(http: httpx.Client, script: Script) -> None:
+    script.says("</mm:think>fine")
+    parts = [{"type": "refusal", "refusal": "I would rather not."}]
+    conversation = [*HI, {"role": "assistant", "content": parts}, *HI]
+    for path, field in (("/v1/chat/completions", "messages"), ("/v1/responses", "input")):
+        assert post(http, path, {"model": "tiny", field: conversation}).status_code == 200
+        assert "I would rather not.[e~[" in script.prompt()
+
+
 def test_a_response_that_was_cut_is_incomplete(client: openai.OpenAI, script: Script) -> None:
     script.says("</mm:think>" + "word " * 100)
     answer = client.responses.create(model="tiny", input="hi", max_output_tokens=4, reasoning={"effort": "none"})
@@ -651,6 +662,7 @@ def test_a_response_that_breaks_off_says_why(client: openai.OpenAI, script: Scri
     last = list(stream)[-1]
     assert last.type == "response.failed"
     assert last.response.error and last.response.error.message == "no more"
+    assert last.response.error.code == "invalid_prompt"
 
 
 @pytest.mark.parametrize(
