@@ -93,7 +93,7 @@ async def stream(client: httpx.AsyncClient, asked: dict, leave_after: int | None
                         call["function"][field] += text
             pieces += 1
             if pieces == leave_after:
-                break
+                return reasoning, content  # perhaps in the middle of a call
     return reasoning, as_the_model_says(content, list(calls.values()))
 
 
