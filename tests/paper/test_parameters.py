@@ -111,9 +111,9 @@ def test_a_hostile_schema_takes_no_time(schema):
 
 
 def copying(parts):
-    """Each part of allOf has every property copied, in each of the alternatives; 187 kB stopped a server for 4.5 s."""
+    """Each part of allOf has every property copied, in each of the alternatives; such a body stopped a server."""
     properties = {f"p{i}": {} for i in range(4000)}
-    return {"properties": properties, "anyOf": [{}] * 64, "allOf": [{"anyOf": [{}] * 64}] + [{}] * parts}
+    return {"properties": properties, "allOf": [{"anyOf": [{}] * 64}] + [{"properties": {}}] * parts}
 
 
 @pytest.mark.parametrize("schema", [copying(5000), {"enum": [1] * 300_000, "anyOf": [{}] * 64}])
