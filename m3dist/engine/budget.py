@@ -25,6 +25,7 @@ class Budget:
     page_size: int  # tokens
     pages: int  # page 0 included
     context: int  # tokens, prompt and answer, that one request may have
+    page_bytes: int = 0  # of a page, on all ranks together
 
     @property
     def tokens(self) -> int:
@@ -51,7 +52,8 @@ def make_budget(plan: Plan, rooms: Sequence[Room], cache_tokens: int | None, con
             )
     else:
         pages = -(-cache_tokens // size) + 1
-    return Budget(size, pages, min(longest, (pages - 1) * size))
+    page_bytes = size * sum(map(plan.cache_bytes_per_token, range(plan.world)))
+    return Budget(size, pages, min(longest, (pages - 1) * size), page_bytes)
 
 
 def _pages(plan: Plan, rank: int, room: Room, size: int) -> int:

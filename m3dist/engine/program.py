@@ -156,6 +156,7 @@ def _lead(
     grammars = Grammars((directory / "tokenizer.json").read_text("utf-8"), stop_ids, config.vocab_size)
     gateway.listen(Reception(grammars, config.vocab_size, budget.context, gateway.hand_on))
     facts = {"page_size": budget.page_size, "pages": budget.pages, "context": budget.context, "rows": options.rows}
+    facts["page_bytes"] = budget.page_bytes
     gateway.tell({"ready": facts | {"vocab_size": config.vocab_size, "weights_bytes": weights}})
     pages = Pages(budget.pages, budget.page_size)
     scheduler = Scheduler(pages, options.rows, chunk, max(budget.page_size, chunk // BUSY_PARTS), budget.context)
