@@ -26,6 +26,7 @@ from m3dist.gateway.parameters import (
     spelled,
     types_of,
 )
+from m3dist.gateway.tools import MOST_DEPTH
 from m3dist.text import END_THINK, THINK, TOOL
 
 LINE = "\n"
@@ -128,10 +129,8 @@ class _Tool:
         self._number = number
         self._parameters = Parameters(schema)
         self._elements: dict[tuple[int, str], tuple[str, Any]] = {}
-        try:
-            bodies = [self._members(plain) for plain in self._parameters.alternatives(schema)]
-        except RecursionError:
-            raise BadRequest(f"tools: the schema of {name!r} is nested too deeply", "tools") from None
+        self._depth = 0  # elements around the one whose rule is being made
+        bodies = [self._members(plain) for plain in self._parameters.alternatives(schema)]
         if self._parameters.exhausted:
             raise self._too_large()
         opening, closing = _quoted(f'{TOOL}<invoke name="{name}">'), _quoted(f"{TOOL}</invoke>{LINE}")
@@ -155,8 +154,12 @@ class _Tool:
         if key not in self._elements:
             rule = f"e{self._number}_{len(self._elements)}"
             self._elements[key] = rule, schema  # the schema is kept too, so that no other gets its id
+            self._depth += 1
+            if self._depth > MOST_DEPTH:
+                raise BadRequest(f"tools: the schema of {self._name!r} is nested too deeply", "tools")
             values = self._values(name, self._parameters.alternatives(schema), rule)
             self._add(f"{rule}: {_quoted(f'{TOOL}<{name}>')} ({' | '.join(values)})")
+            self._depth -= 1
         return self._elements[key][0]
 
     def _values(self, name: str, alternatives: Sequence[Schema], rule: str) -> Iterator[str]:
