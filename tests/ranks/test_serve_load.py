@@ -22,7 +22,7 @@ from m3dist.sample import Sampling
 from m3dist.text import Text, split_reasoning
 from m3dist.tiny.dialogues import NS, Question, held_out
 
-REQUESTS, AT_ONCE = int(os.environ.get("M3DIST_LOAD", 100)), 24
+REQUESTS, AT_ONCE = int(os.environ.get("M3DIST_LOAD", 60)), 24
 MAX_TOKENS = 96  # the longest right answer has 77
 LEAVES = 0.1  # share of the requests whose client goes away in mid-answer
 DRAWN = 0.2  # share of those that are sampled, with a seed
