@@ -295,6 +295,32 @@ def held_back(text: str, markers: Sequence[str]) -> int:
     return 0
 
 
+class StopStrings:
+    """Streamed text -> the text before the first stop string, see `find_first`."""
+
+    def __init__(self, stop: Sequence[str]):
+        self.found: str | None = None  # the stop string that came; the rest is ignored
+        self._stop = tuple(stop)
+        self._held = ""
+
+    @property
+    def stopped(self) -> bool:
+        return self.found is not None
+
+    def feed(self, text: str, last: bool = False) -> str:
+        """What is safe to show; a possible beginning of a stop string waits, unless no more text comes (`last`)."""
+        if self.stopped:
+            return ""
+        pending = self._held + text
+        if found := find_first(pending, self._stop):
+            shown, end = found
+            self.found = pending[shown:end]
+        else:
+            shown = len(pending) - (0 if last else held_back(pending, self._stop))
+        self._held = pending[shown:]
+        return pending[:shown]
+
+
 class TextStream:
     """Tokens one by one -> text that is safe to show.
 
@@ -304,12 +330,15 @@ class TextStream:
     """
 
     def __init__(self, text: Text, stop: Sequence[str] = ()):
-        self.stopped = False  # a stop string came; the rest is ignored
         self._token_bytes = text.token_bytes
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._stop = tuple(stop)
-        self._held = ""
+        self._stops = StopStrings(stop)
         self._pieces: list[str] = []
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string came; the rest is ignored."""
+        return self._stops.stopped
 
     @property
     def text(self) -> str:
@@ -325,17 +354,8 @@ class TextStream:
         return self._show(self._decoder.decode(b"", final=True), last=True)
 
     def _show(self, new: str, last: bool) -> str:
-        if self.stopped:
-            return ""
-        pending = self._held + new
-        if found := find_first(pending, self._stop):
-            self.stopped = True
-            shown = found[0]
-        else:
-            shown = len(pending) - (0 if last else held_back(pending, self._stop))
-        self._held = pending[shown:]
-        self._pieces.append(pending[:shown])
-        return pending[:shown]
+        self._pieces.append(self._stops.feed(new, last))
+        return self._pieces[-1]
 
 
 class ReasoningSplitter:

@@ -45,3 +45,6 @@ def calls(*arguments: dict[str, Any], name: str = "weather") -> str:
     values = ["".join(f"{TOOL}<{key}>{value}{TOOL}</{key}>" for key, value in one.items()) for one in arguments]
     invokes = "".join(f'{TOOL}<invoke name="{name}">{value}{TOOL}</invoke>\n' for value in values)
     return f"{TOOL}<tool_call>\n{invokes}{TOOL}</tool_call>"
+
+
+THOUGHT_AND_CALLS = "<mm:think>hm, ü</mm:think>Let me see." + calls({"city": "Paris", "days": 3}, {"city": "Rome"})

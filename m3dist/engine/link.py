@@ -2,7 +2,7 @@
 
     tells   hello {world, hosts, model, files}         before the model is loaded
             loading (fraction)                         now and then
-            ready {page_size, pages, context, vocab_size, rows, weights_bytes}
+            ready {page_size, page_bytes, pages, context, vocab_size, rows, weights_bytes}
             started (id), cached (tokens)              tokens [[id, token, ...], ...]
             ended (id), reason, message                stats {...}
     hears   submit {request}    cancel (id)    stop

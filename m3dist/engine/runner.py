@@ -139,10 +139,8 @@ class Runner:
 
     def time_sum(self) -> float:
         """Seconds that summing one hidden state over the ranks takes; all ranks call it."""
-        comm, hidden = (
-            self.model.comm,
-            mx.zeros(self.model.args.hidden_size, self.model.language_model.model.norm.weight.dtype),
-        )
+        comm, dtype = self.model.comm, self.model.language_model.model.norm.weight.dtype
+        hidden = mx.zeros(self.model.args.hidden_size, dtype)
         mx.eval(hidden)
         comm.barrier()
         began = time.perf_counter()

@@ -7,7 +7,7 @@ from typing import Any
 
 from m3dist.gateway.chat import Conversation
 from m3dist.gateway.tools import Call, ToolParser
-from m3dist.text import ReasoningSplitter, Text, TextStream, find_first, held_back
+from m3dist.text import ReasoningSplitter, StopStrings, Text, TextStream
 
 
 @dataclass(frozen=True)
@@ -35,32 +35,6 @@ class ToolCall:
 
 
 Event = Reasoning | Content | ToolCall
-
-
-class StopStrings:
-    """Streamed text -> the text before the first stop string, see `find_first`."""
-
-    def __init__(self, stop: Sequence[str]):
-        self.found: str | None = None  # the stop string that came; the rest is ignored
-        self._stop = tuple(stop)
-        self._held = ""
-
-    @property
-    def stopped(self) -> bool:
-        return self.found is not None
-
-    def feed(self, text: str, last: bool = False) -> str:
-        """What is safe to show; a possible beginning of a stop string waits, unless no more text comes (`last`)."""
-        if self.stopped:
-            return ""
-        pending = self._held + text
-        if found := find_first(pending, self._stop):
-            shown, end = found
-            self.found = pending[shown:end]
-        else:
-            shown = len(pending) - (0 if last else held_back(pending, self._stop))
-        self._held = pending[shown:]
-        return pending[:shown]
 
 
 class Answer:

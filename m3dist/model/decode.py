@@ -1,4 +1,5 @@
-"""Sparse attention of a decode step: every row has one token, all at the same position beyond the block budget.
+"""Sparse attention of a decode step, beyond the block budget: every row has one token, in a LayerCache all at the same
+position, in pages each at its own.
 
 The same choice and the same numbers as in sparse.py, in the fewest operations: on a fast machine a step's time is
 their number.

@@ -5,10 +5,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from m3dist import tiny
-from m3dist.gateway.answer import Answer, Content, Reasoning, StopStrings, ToolCall
+from m3dist.gateway.answer import Answer, Content, Reasoning, ToolCall
 from m3dist.gateway.chat import Conversation
 from m3dist.options import THINKING
-from m3dist.text import END_THINK, THINK, Text, split_reasoning
+from m3dist.text import END_THINK, THINK, StopStrings, Text, split_reasoning
 from m3dist.text import TOOL as NS
 from m3dist.tiny.dialogues import call_text, held_out
 

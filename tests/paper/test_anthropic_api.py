@@ -8,7 +8,7 @@ import anthropic
 import httpx
 import pytest
 from gateways import DEADLINE, RunningGateway
-from scripted_answers import CITY, TEXT, Script, calls
+from scripted_answers import CITY, TEXT, THOUGHT_AND_CALLS, Script, calls
 
 from m3dist.gateway.ranks import RequestFailed
 from m3dist.gateway.schemas_anthropic import MessageAnswer, TokenCount
@@ -17,18 +17,6 @@ WEATHER: Any = {"name": "weather", "description": "of a city", "input_schema": C
 HI: Any = [{"role": "user", "content": "hi"}]
 ASK: Any = {"model": "tiny", "max_tokens": 300, "messages": HI}
 ADAPTIVE: Any = {"type": "adaptive"}
-THOUGHT_AND_CALLS = "<mm:think>hm, ü</mm:think>Let me see." + calls({"city": "Paris", "days": 3}, {"city": "Rome"})
-
-
-@pytest.fixture(scope="module")
-def gateway() -> Iterator[RunningGateway]:
-    with RunningGateway() as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def script(gateway: RunningGateway) -> Script:
-    return Script(gateway.start_ranks(pace=0.0005))
 
 
 @pytest.fixture(scope="module")

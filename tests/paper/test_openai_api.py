@@ -10,7 +10,7 @@ import httpx
 import openai
 import pytest
 from gateways import DEADLINE, RunningGateway
-from scripted_answers import CITY, TEXT, Script, calls
+from scripted_answers import CITY, TEXT, THOUGHT_AND_CALLS, Script, calls
 
 from m3dist.gateway.prompts import LARGE, Encoder, TooLong
 from m3dist.gateway.schemas_openai import ChatCompletion, Completion, ModelList
@@ -21,18 +21,6 @@ from m3dist.text import Text
 WEATHER: Any = {"type": "function", "function": {"name": "weather", "description": "of a city", "parameters": CITY}}
 HI: Any = [{"role": "user", "content": "hi"}]
 CHAT = {"model": "tiny", "messages": HI}
-THOUGHT_AND_CALLS = "<mm:think>hm, ü</mm:think>Let me see." + calls({"city": "Paris", "days": 3}, {"city": "Rome"})
-
-
-@pytest.fixture(scope="module")
-def gateway() -> Iterator[RunningGateway]:
-    with RunningGateway() as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def script(gateway: RunningGateway) -> Script:
-    return Script(gateway.start_ranks(pace=0.0005))
 
 
 @pytest.fixture(scope="module")
